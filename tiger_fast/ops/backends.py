@@ -1,0 +1,109 @@
+"""The choice of a backend: an argument, else `use_backend`, else TIGER_FAST_BACKEND, else the device's default."""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from tiger_fast import reference
+from tiger_fast._extras import unknown
+
+BACKENDS = ("reference", "cpu", "triton")
+
+# Every function of the contract; the reference has them all.
+OPS = (
+    "route",
+    "leave_one_out",
+    "counterfactual_losses",
+    "counterfactual_losses_from_projections",
+    "causal_target",
+    "alignment_loss",
+    "group_attention",
+    "group_attention_packed",
+    "adapter",
+    "competency_aggregate",
+    "confidence_loss",
+    "improvement_loss",
+)
+
+# backend -> op -> implementation. An op that a backend does not fuse is absent and runs the reference.
+_NATIVE: dict[str, dict[str, Callable]] = {"reference": {name: getattr(reference, name) for name in OPS}}
+_DEFAULTS = {"cpu": "cpu", "cuda": "triton"}  # by device type; torch calls ROCm devices cuda too
+
+# Set by use_backend. A plain global, which torch.compile guards on.
+_forced: str | None = None
+
+
+def available_backends() -> tuple[str, ...]:
+    """The backends that this installation can run, "reference" always among them."""
+    return tuple(name for name in BACKENDS if name in _NATIVE)
+
+
+def _check(backend: str, source: str) -> str:
+    if backend not in BACKENDS:
+        raise unknown(f"backend ({source})", backend, BACKENDS)
+    if backend not in _NATIVE:
+        raise ValueError(
+            f"{source} asks for backend {backend!r}, which tiger_fast {_version()} does not contain; "
+            f"available here: {', '.join(available_backends())}"
+        )
+    return backend
+
+
+def _version() -> str:
+    from tiger_fast import __version__
+
+    return __version__
+
+
+def resolve(backend: str | None, device: torch.device) -> str:
+    """The name of the backend that a call runs on.
+
+    Raises:
+        ValueError: for a name that does not exist or that cannot run here.
+    """
+    if backend is not None:
+        return _check(backend, "backend=")
+    if _forced is not None:
+        return _forced
+    from_environment = os.environ.get("TIGER_FAST_BACKEND")
+    if from_environment:
+        return _check(from_environment, "TIGER_FAST_BACKEND")
+    default = _DEFAULTS.get(device.type, "reference")
+    return default if default in _NATIVE else "reference"
+
+
+def select(op: str, backend: str | None, device: torch.device) -> Callable:
+    """The implementation of `op` for a backend's name (None: the default) and the device of its inputs."""
+    return _NATIVE[resolve(backend, device)].get(op) or _NATIVE["reference"][op]
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Within the context, calls without a `backend=` of their own run on this backend (in every thread).
+
+    Raises:
+        ValueError: for a name that does not exist or that cannot run here.
+    """
+    global _forced
+    previous, _forced = _forced, _check(backend, "use_backend")
+    try:
+        yield
+    finally:
+        _forced = previous
+
+
+def show_config() -> str:
+    """A table, as text: for each function of the contract, what each backend runs ("native" or "reference")."""
+    names = available_backends()
+    width = max(map(len, OPS))
+    lines = [f"tiger_fast {_version()}, torch {torch.__version__}"]
+    lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
+    for op in OPS:
+        cells = ["native" if op in _NATIVE[name] and name != "reference" else "reference" for name in names]
+        lines.append(" ".join([f"{op:<{width}}", *(f"{cell:>10}" for cell in cells)]))
+    absent = [name for name in BACKENDS if name not in names]
+    if absent:
+        lines.append(f"not in this installation: {', '.join(absent)}")
+    return "\n".join(lines)
