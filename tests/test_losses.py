@@ -203,7 +203,7 @@ def test_compiles_whole_with_dynamic_batch():
         maps = [loss(logits[task], targets[task]) for task, (loss, _) in LOSSES.items()]
         return sum(mean_over_valid(m) + token_mean(m, (2, 3))[0].sum() for m in maps)
 
-    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend="eager")
     for batch in (2, 3):
         size = (batch, *SIZE[1:])
         targets, grads = {task: make_target(task, size) for task in LOSSES}, []
