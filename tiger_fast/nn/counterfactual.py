@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map_only
 
 from tiger_fast import functional
 from tiger_fast._extras import unknown
-from tiger_fast.nn.losses import distributed_mean
+from tiger_fast.nn.losses import mean_over_ranks
 
 REMOVALS = ("all", "task")
 
@@ -114,7 +114,7 @@ class CounterfactualLoss(nn.Module):
             delta, weights, tau=self.tau, eps=self.eps, mask=valid, backend=self.backend
         )
         count = loss.new_tensor(delta[..., 0].numel()) if valid is None else valid.sum()
-        return distributed_mean(loss * count, count)
+        return mean_over_ranks(loss * count, count)
 
     @torch.no_grad()
     def differences(
@@ -243,7 +243,7 @@ class LinearCounterfactual(nn.Module):
             )
             delta.append((without - full[:, None]).detach().transpose(1, 2))
             valid.append(counted)
-            own.append(distributed_mean(full.sum(), counted.sum()))
+            own.append(mean_over_ranks(full.sum(), counted.sum()))
         total = torch.stack(own).sum() if own else projections.sum() * 0
         return torch.stack(delta, dim=1), torch.stack(valid, dim=1), total
 
@@ -264,7 +264,7 @@ class FirstOrderRecord:
     def count(self, valid: Tensor) -> None:
         """Restrict the alignment loss to the tokens that count; their number is shared among processes now."""
         count = valid.sum().float()
-        self.valid, self.share = valid, distributed_mean(count, count)
+        self.valid, self.share = valid, mean_over_ranks(count, count)
 
 
 class FirstOrder(NamedTuple):

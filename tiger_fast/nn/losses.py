@@ -134,8 +134,12 @@ def mean_over_valid(loss_map: LossMap) -> Tensor:
     valid pixels are spread; the mean of the returned values over ranks is likewise the loss of the whole batch.
     """
     values, valid = _check_loss_map(loss_map)
-    count = sum_over_ranks(valid.sum())
-    return values.masked_fill(~valid, 0).sum() * world_size() / count.clamp_min(1)
+    return mean_over_ranks(values.masked_fill(~valid, 0).sum(), valid.sum())
+
+
+def mean_over_ranks(total: Tensor, count: Tensor) -> Tensor:
+    """world_size * total / (count over all ranks), 0 where that count is 0: see `mean_over_valid`."""
+    return total * world_size() / sum_over_ranks(count).clamp_min(1)
 
 
 def token_mean(loss_map: LossMap, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

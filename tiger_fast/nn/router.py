@@ -97,6 +97,10 @@ class Router(nn.Module):
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
         if task.dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
+        return self.mix(query, experts, task)
+
+    def mix(self, query: Tensor, experts: Sequence[Tensor] | Tensor, task: Tensor) -> Routed:
+        """`forward` for whatever experts are present: no parameter depends on their number, and one may be absent."""
         return functional.route(
             query,
             experts,
