@@ -91,14 +91,14 @@ def test_floor_faces_up_and_ceiling_faces_down(samples):
 
 
 def test_normals_agree_with_depth(samples):
-    """On a plane, 1 / depth is affine in the pixel, with the slope n / (n . ray): check the sign and the axes of both."""
+    """On a plane, 1 / depth is affine in the pixel, and along x its slope has the sign of -n_x."""
     agree, total = 0, 0
     for sample in samples:
         depth, normals, edge = sample["depth"][0], sample["normals"], sample["edge"][0]
         clean = (depth > 0) & (edge == 0)
         pair = clean[:, :-1] & (depth[:, 1:] > 0) & (normals[:, :, 1:] == normals[:, :, :-1]).all(0)
         slope = (1 / depth[:, 1:].clamp(min=0.1) - 1 / depth[:, :-1].clamp(min=0.1))[pair]
-        towards = -normals[0, :, :-1][pair]  # 1/z = (n.p0)^-1 (nx x + ...), and n.p0 < 0 as n faces the camera
+        towards = -normals[0, :, :-1][pair]  # 1/z = (n_x x + n_y y + n_z) / (n . p), and n . p < 0
         steep = towards.abs() > 0.2
         agree += int((slope.sign() == towards.sign())[steep].sum())
         total += int(steep.sum())

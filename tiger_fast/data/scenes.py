@@ -13,9 +13,12 @@ import operator
 from dataclasses import dataclass, field
 from math import sqrt
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from tiger_fast._extras import require
+
+np = require("numpy", extra="train")
 
 CLASSES = ("floor", "wall", "ceiling", "box", "table", "ball", "column", "panel", "window")
 NUM_CLASSES = len(CLASSES)
@@ -206,12 +209,12 @@ class _Camera:
         """World directions (H, W) whose length along the viewing axis is 1, so that a ray's parameter is depth."""
         x = ((np.arange(self.width, dtype=np.float32) + 0.5) - 0.5 * self.width) / self.focal
         y = ((np.arange(self.height, dtype=np.float32) + 0.5) - 0.5 * self.height) / self.focal
-        parts = zip(self.right, self.down, self.forward)
-        return tuple(_nonzero((x * r + f)[None, :] + (y * d)[:, None]) for r, d, f in parts)
+        axes = zip(self.right, self.down, self.forward, strict=True)
+        return tuple(_nonzero((x * r + f)[None, :] + (y * d)[:, None]) for r, d, f in axes)
 
     def window(self, centre: tuple[float, float, float], radius: float) -> tuple[slice, slice]:
         """Rows and columns that hold the image of a ball (all of them when it reaches behind the camera)."""
-        offset = [c - p for c, p in zip(centre, self.position)]
+        offset = _minus(centre, self.position)
         depth = _dot(offset, self.forward)
         if depth - radius < 0.1:
             return slice(0, self.height), slice(0, self.width)
@@ -231,6 +234,14 @@ def _dot(a, b) -> float:
     return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
+def _minus(a, b) -> tuple:
+    return a[0] - b[0], a[1] - b[1], a[2] - b[2]
+
+
+def _along(origin, distance, ray) -> list[np.ndarray]:
+    return [origin[axis] + distance * ray[axis] for axis in range(3)]
+
+
 def _pick(condition: np.ndarray, yes: float, no: float) -> np.ndarray:
     return np.where(condition, np.float32(yes), np.float32(no))
 
@@ -240,7 +251,7 @@ def _nonzero(values: np.ndarray) -> np.ndarray:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Solids. Each is convex, so a line meets it in one interval [near, far]: the picture takes `near`, a shadow any overlap.
+# Solids. Each is convex, so a line meets it in one interval [near, far]: a picture takes `near`, a shadow any overlap.
 
 
 @dataclass(frozen=True)
@@ -259,7 +270,7 @@ class _Box:
 
     def slabs(self, origin, direction) -> tuple[list, list]:
         nears, fars = [], []
-        for o, d, half in zip(origin, direction, self.half):
+        for o, d, half in zip(origin, direction, self.half, strict=True):
             inverse = 1.0 / _nonzero(d)
             first, second = (-half - o) * inverse, (half - o) * inverse
             nears.append(np.minimum(first, second))
@@ -267,18 +278,18 @@ class _Box:
         return nears, fars
 
     def interval(self, origin, direction) -> tuple[np.ndarray, np.ndarray]:
-        offset = [o - c for o, c in zip(origin, self.centre)]
+        offset = _minus(origin, self.centre)
         nears, fars = self.slabs(self.local(offset), self.local(direction))
         return _largest(nears), _smallest(fars)
 
     def surface(self, point: list) -> tuple[list, tuple]:
         """Outward normals in the world and the two texture coordinates at points (n,) of the surface."""
-        x, y, z = self.local([p - c for p, c in zip(point, self.centre)])
-        depth = [np.abs(p) - half for p, half in zip((x, y, z), self.half)]  # about 0 on the face that was hit
+        x, y, z = self.local(_minus(point, self.centre))
+        depth = _minus((np.abs(x), np.abs(y), np.abs(z)), self.half)  # about 0 on the face that was hit
         on_y = (depth[1] >= depth[0]) & (depth[1] >= depth[2])
         on_x = ~on_y & (depth[0] >= depth[2])
         on_z = ~on_y & ~on_x
-        nx, ny, nz = (_pick(p < 0, -1.0, 1.0) * on for on, p in zip((on_x, on_y, on_z), (x, y, z)))
+        nx, ny, nz = (_pick(p < 0, -1.0, 1.0) * on for p, on in ((x, on_x), (y, on_y), (z, on_z)))
         cos, sin = self.turn
         return [nx * cos + nz * sin, ny, nz * cos - nx * sin], (np.where(on_x, z, x), np.where(on_y, z, y))
 
@@ -289,12 +300,12 @@ class _Ball:
     radius: float
 
     def interval(self, origin, direction) -> tuple[np.ndarray, np.ndarray]:
-        offset = [o - c for o, c in zip(origin, self.centre)]
+        offset = _minus(origin, self.centre)
         a, b = _dot(direction, direction), _dot(direction, offset)
         return _roots(a, b, _dot(offset, offset) - self.radius * self.radius)
 
     def surface(self, point: list) -> tuple[list, tuple]:
-        offset = [p - c for p, c in zip(point, self.centre)]
+        offset = _minus(point, self.centre)
         length = np.sqrt(_dot(offset, offset))  # the radius but for rounding, which would show in the normal's length
         return [part / length for part in offset], (offset[0], offset[1])
 
@@ -312,7 +323,7 @@ class _Cylinder:
         return sqrt(self.round * self.round + self.half * self.half)
 
     def interval(self, origin, direction) -> tuple[np.ndarray, np.ndarray]:
-        ox, oy, oz = (o - c for o, c in zip(origin, self.centre))
+        ox, oy, oz = _minus(origin, self.centre)
         dx, dy, dz = direction
         near, far = _roots(dx * dx + dz * dz, dx * ox + dz * oz, ox * ox + oz * oz - self.round * self.round)
         inverse = 1.0 / _nonzero(dy)
@@ -320,7 +331,7 @@ class _Cylinder:
         return np.maximum(near, np.minimum(first, second)), np.minimum(far, np.maximum(first, second))
 
     def surface(self, point: list) -> tuple[list, tuple]:
-        x, y, z = (p - c for p, c in zip(point, self.centre))
+        x, y, z = _minus(point, self.centre)
         length = np.sqrt(x * x + z * z)
         end = np.abs(y) - self.half > length - self.round
         scale = ~end / np.maximum(length, np.float32(_TINY))
@@ -504,7 +515,7 @@ class _Frame:
 
     def points(self) -> list[np.ndarray]:
         """World positions of what is seen."""
-        return [o + self.depth * ray for o, ray in zip(self.camera.position, self.rays)]
+        return _along(self.camera.position, self.depth, self.rays)
 
     def paint(self, patch: _Patch) -> None:
         """Give a rectangle of a room surface to a patch. To be called before `cast`, since patches have no depth."""
@@ -524,11 +535,10 @@ class _Frame:
         if not hit.any():
             return
         depth = near[hit]
-        point = [o + depth * ray[hit] for o, ray in zip(self.camera.position, rays)]
+        point = _along(self.camera.position, depth, [ray[hit] for ray in rays])
         normal, (u, v) = solid.surface(point)
-        for target, value in zip(
-            (self.depth, self.thing, self.u, self.v, *self.normal), (depth, number, u, v, *normal)
-        ):
+        targets = (self.depth, self.thing, self.u, self.v, *self.normal)
+        for target, value in zip(targets, (depth, number, u, v, *normal), strict=True):
             target[place][hit] = value
 
 
@@ -541,10 +551,11 @@ def _choose(draws: _Draws, classes: list[int], thing: np.ndarray) -> tuple[list[
     least = thing.size // 200  # half a percent of the image, 61 pixels at 96 x 128: enough to be seen
     free = [i for i in range(len(_ROOM_CLASSES), len(classes)) if classes[i] != WINDOW and counts[i] > least]
     picks = [draws.uniform() for _ in range(3)]
-    chosen = []
-    for pick, wanted in zip(picks, (True, draws.chance(0.25) and len(free) > 3, draws.chance(0.25) and len(free) > 2)):
-        chosen.append([free.pop(int(pick * len(free)))] if wanted and free else [])
-    return chosen[0] + chosen[1], chosen[2]
+    wanted = (bool(free), draws.chance(0.25) and len(free) > 3, draws.chance(0.25) and len(free) > 2)
+    first, second, third = (
+        [free.pop(int(pick * len(free)))] if want else [] for pick, want in zip(picks, wanted, strict=True)
+    )
+    return first + second, third
 
 
 def _shade(draws: _Draws, things: _Things, frame: _Frame, salient: list[int]) -> np.ndarray:
@@ -618,7 +629,7 @@ def _light(draws: _Draws, things: _Things, frame: _Frame) -> np.ndarray:
     lamp = [room.low[0] + share[0] * (room.high[0] - room.low[0]), 0.85 * room.high[1], share[1] * room.high[2]]
     power = draws.uniform(0.9, 1.4)
     point = frame.points()
-    towards = [c - p for c, p in zip(lamp, point)]
+    towards = _minus(lamp, point)
     square = _dot(towards, towards)
     facing = np.maximum(_dot(towards, frame.normal), 0.0) / np.sqrt(square)
     shaded = np.zeros(square.shape, dtype=bool)
