@@ -1,5 +1,6 @@
 """Data sets that give the samples the trainer reads."""
 
+from tiger_fast.data.cached import CachedSamples
 from tiger_fast.data.scenes import (
     CLASSES,
     HELDOUT_OFFSET,
@@ -13,6 +14,7 @@ from tiger_fast.data.scenes import (
 )
 
 __all__ = [
+    "CachedSamples",
     "CLASSES",
     "HELDOUT_OFFSET",
     "IGNORE_INDEX",

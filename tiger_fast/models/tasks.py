@@ -19,6 +19,10 @@ from tiger_fast.nn.losses import (
     WeightedBCE,
 )
 
+# Weights of the scenes' classes in cross-entropy, 1 / sqrt(share of pixels) with the shares of 1,000 training scenes,
+# scaled to a mean of 1 over pixels: plain inverse frequency let the rare classes flood their neighbours.
+SCENES_CLASS_WEIGHT = (1.0,) * 9
+
 # (target, (rows, columns)) -> (token target, valid (B, N) bool), as functional.counterfactual_losses takes it.
 TokenTarget = Callable[[Tensor, tuple[int, int]], tuple[Tensor, Tensor]]
 
@@ -214,6 +218,39 @@ def pascal_tasks() -> list[Task]:
         surface_normals(),
         boundary_detection(),
     ]
+
+
+def scenes_tasks() -> list[Task]:
+    """The embedded `scenes`: semseg (frequency-weighted), depth, normals, saliency, edge, with the protocol's lambdas."""
+    from tiger_fast.data.scenes import NUM_CLASSES
+
+    return [
+        semantic_segmentation(NUM_CLASSES, class_weight=SCENES_CLASS_WEIGHT),
+        depth_estimation(),
+        surface_normals(),
+        saliency_detection(),
+        boundary_detection(),
+    ]
+
+
+TASK_SETS: dict[str, Callable[[], list[Task]]] = {
+    "nyud": nyud_tasks,
+    "pascal": pascal_tasks,
+    "scenes": scenes_tasks,
+}
+
+
+def library_task(name: str, channels: int) -> Task:
+    """The library's task of that name and number of channels.
+
+    Raises:
+        ValueError: if there is none: it was somebody's own.
+    """
+    for tasks in TASK_SETS.values():
+        for task in tasks():
+            if (task.name, task.channels) == (name, channels):
+                return task
+    raise ValueError(f"task {name!r} with {channels} channels is not one of the library's: pass it in tasks=")
 
 
 def select_tasks(names: Sequence[str], among: Sequence[Task]) -> list[Task]:

@@ -2,16 +2,17 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
 from tiger_fast.functional import Routed
 from tiger_fast.models.checkpoint import read_checkpoint, write_checkpoint
 from tiger_fast.models.presets import ExpertSpec, TIGERSettings, preset
-from tiger_fast.models.tasks import Task, default_tasks, select_tasks
+from tiger_fast.models.tasks import TASK_SETS, Task, library_task, select_tasks
 from tiger_fast.nn import (
     CounterfactualLoss,
     ExpertInteraction,
@@ -101,9 +102,7 @@ class TIGER(nn.Module):
         self.instruction_encoder = TaskInstructionEncoder(embeddings, learnable=not s.instructions)
         task_dim = self.instruction_encoder.dim
         self.projections = nn.ModuleList(ExpertProjection(e.dim, s.hidden, s.dim) for e in self.expert_specs)
-        self.expert_interaction = (
-            ExpertInteraction(s.dim, s.num_heads, scope=s.scope) if s.expert_interaction else None
-        )
+        self.expert_interaction = ExpertInteraction(s.dim, s.num_heads, scope=s.scope) if s.expert_interaction else None
         self.query_encoder, self.router = None, None
         if s.routing == "learned":
             self.query_encoder = QueryEncoder(s.dim, s.patch_size, s.query_width)
@@ -177,16 +176,18 @@ class TIGER(nn.Module):
             ValueError: for an unknown preset, task, expert or setting; names the near match.
         """
         chosen = preset(name)
-        among = default_tasks(chosen.tasks)
+        among = TASK_SETS[chosen.tasks]()
         given = among if tasks is None else [t if isinstance(t, Task) else select_tasks([t], among)[0] for t in tasks]
         settings = chosen.settings.replace(**changes)
-        return cls(settings, given, _resolve_experts(chosen.experts if experts is None else experts), embeddings=embeddings)
+        return cls(
+            settings, given, _resolve_experts(chosen.experts if experts is None else experts), embeddings=embeddings
+        )
 
     def save(self, path: str | Path) -> None:
         """Write settings and trainable weights to a .safetensors file, whole or not at all (no expert's weights)."""
         metadata = {
             "settings": self.settings.to_dict(),
-            "tasks": self.task_names,
+            "tasks": [{"name": task.name, "channels": task.channels} for task in self.tasks],
             "experts": [spec.__dict__ for spec in self.expert_specs],
         }
         write_checkpoint(path, "TIGER", metadata, self.state_dict())
@@ -213,7 +214,10 @@ class TIGER(nn.Module):
         """
         metadata, tensors = read_checkpoint(path, "TIGER")
         settings = TIGERSettings.from_dict(metadata["settings"])
-        chosen = select_tasks(metadata["tasks"], tasks or default_tasks("all", tensors_classes(metadata, tensors)))
+        chosen = [
+            library_task(**saved) if tasks is None else select_tasks([saved["name"]], tasks)[0]
+            for saved in metadata["tasks"]
+        ]
         specs = [ExpertSpec(**spec) for spec in metadata["experts"]]
         resolved = _resolve_experts(specs if experts is None else experts, prefer_modules=experts is None)
         found = [ExpertSpec(e.name, e.dim, e.patch_size) for e in resolved]
@@ -238,7 +242,9 @@ class TIGER(nn.Module):
         """
         if len(self.experts) != len(self.expert_specs):
             missing = [n for n in self.expert_names if n not in {e.name for e in self.experts}]
-            raise ValueError(f"experts {missing} are specifications only: pass features= instead, or build with modules")
+            raise ValueError(
+                f"experts {missing} are specifications only: pass features= instead, or build with modules"
+            )
         return [expert(images, self.settings.grid) for expert in self.experts]
 
     def forward(self, images: Tensor | None = None, *, features: Sequence[Tensor] | None = None) -> TIGEROutput:

@@ -110,9 +110,7 @@ class CounterfactualLoss(nn.Module):
 
     def align(self, delta: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
         """Eqs. 9-13 for differences from anywhere: mean over the tokens that count, over all processes."""
-        loss = functional.alignment_loss(
-            delta, weights, tau=self.tau, eps=self.eps, mask=valid, backend=self.backend
-        )
+        loss = functional.alignment_loss(delta, weights, tau=self.tau, eps=self.eps, mask=valid, backend=self.backend)
         count = loss.new_tensor(delta[..., 0].numel()) if valid is None else valid.sum()
         return mean_over_ranks(loss * count, count)
 
@@ -158,9 +156,7 @@ class CounterfactualLoss(nn.Module):
         repeated = tree_map_only(Tensor, lambda t: torch.cat([t] * len(chosen)), target)
         return list(self._token_losses(tokens, repeated).values.chunk(len(chosen)))
 
-    def _without_for_each(
-        self, mixtures: Tensor, present: Tensor, chosen: Sequence[int], target: Any
-    ) -> list[Tensor]:
+    def _without_for_each(self, mixtures: Tensor, present: Tensor, chosen: Sequence[int], target: Any) -> list[Tensor]:
         without = []
         for k in chosen:
             losses = []
@@ -204,9 +200,7 @@ class LinearCounterfactual(nn.Module):
         backend: forced for the kernel; None chooses by device.
     """
 
-    def __init__(
-        self, dim: int, channels: Sequence[int], losses: Sequence[str], *, backend: str | None = None
-    ) -> None:
+    def __init__(self, dim: int, channels: Sequence[int], losses: Sequence[str], *, backend: str | None = None) -> None:
         super().__init__()
         self.channels, self.losses, self.backend = list(channels), list(losses), backend
         self.heads = nn.Linear(dim, sum(self.channels))

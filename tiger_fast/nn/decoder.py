@@ -36,7 +36,9 @@ class _Block(nn.Module):
 
 def _groups(channels: int) -> int:
     # 8 or more channels a group keeps the statistics stable on small grids.
-    return next(groups for groups in (16, 8, 4, 2, 1) if channels % groups == 0 and channels // groups >= 8 or groups == 1)
+    return next(
+        groups for groups in (16, 8, 4, 2, 1) if channels % groups == 0 and channels // groups >= 8 or groups == 1
+    )
 
 
 class SharedDecoder(nn.Module):
@@ -68,14 +70,18 @@ class SharedDecoder(nn.Module):
         super().__init__()
         doublings = len(stages) - 1
         if doublings < 0 or patch_size % 2**doublings:
-            raise ValueError(f"patch_size {patch_size} is not a multiple of 2^{doublings}, what {len(stages)} stages need")
+            raise ValueError(
+                f"patch_size {patch_size} is not a multiple of 2^{doublings}, what {len(stages)} stages need"
+            )
         heads = heads or [None] * len(channels)
         if len(heads) != len(channels):
             raise ValueError(f"heads must be one per task, {len(channels)}, got {len(heads)}")
         self.stages = nn.ModuleList()
         width = dim
         for stage_width, blocks in stages:
-            stage = nn.ModuleList(_Block(width if i == 0 else stage_width, stage_width, task_dim) for i in range(blocks))
+            stage = nn.ModuleList(
+                _Block(width if i == 0 else stage_width, stage_width, task_dim) for i in range(blocks)
+            )
             self.stages.append(stage)
             width = stage_width
         upscale = patch_size // 2**doublings

@@ -74,7 +74,7 @@ class Router(nn.Module):
         nn.init.normal_(self.v, std=self.LOGIT_STD / rank**0.5)
         for mlp, bias in ((self.g, 1.0), (self.h, 0.0)):
             mlp[0].reset_parameters()
-            nn.init.normal_(mlp[2].weight, std=0.1 / mlp[2].in_features**0.5)
+            nn.init.normal_(mlp[2].weight, std=0.1 / mlp[2].in_features ** 0.5)
             nn.init.constant_(mlp[2].bias, bias)
         nn.init.zeros_(self.h[2].weight)
 
