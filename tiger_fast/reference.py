@@ -150,15 +150,20 @@ TOKEN_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
-def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
-    """TIGER eqs. 9-10: differences normalised over experts at each token, then a softmax at temperature tau."""
+def normalize_differences(delta: Tensor, eps: float = 1e-6) -> Tensor:
+    """TIGER eq. 9: differences normalised over experts at each token, (..., M) -> (..., M)."""
     delta = delta.to(accumulator(delta.dtype))
     centred = delta - delta.mean(dim=-1, keepdim=True)
     variance = centred.square().mean(dim=-1, keepdim=True)
     flat = variance == 0
     # sqrt has no derivative at 0; where all experts tie the deviation is 0 and so is its derivative.
     deviation = torch.where(flat, 0, torch.where(flat, 1, variance).sqrt())
-    return (centred / (deviation + eps) / tau).softmax(dim=-1)
+    return centred / (deviation + eps)
+
+
+def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
+    """TIGER eq. 10: a softmax over experts, at temperature tau, of the normalised differences."""
+    return (normalize_differences(delta, eps) / tau).softmax(dim=-1)
 
 
 def alignment_loss(

@@ -1,0 +1,306 @@
+"""`python -m tiger_fast demo`: TIGER, its twin without the counterfactual loss and the controls, on embedded scenes."""
+
+import argparse
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiger_fast._extras import require
+from tiger_fast.data import HELDOUT_OFFSET, TRAIN_OFFSET, CachedSamples, Scenes
+from tiger_fast.experts import load_specialists
+from tiger_fast.metrics.routing import RoutingStatistics
+from tiger_fast.models import TIGER
+from tiger_fast.training.infer import fit_image
+from tiger_fast.viz import curves_figure, predictions_figure, routing_figure
+
+PRESET = "tiger-tiny"
+# Written into every result, so that a folder of somebody else's is never replaced.
+MARKER = ".tiger_fast-demo"
+PHOTOGRAPHS = ("astronaut", "coffee", "chelsea", "rocket")
+
+
+@dataclass
+class Run:
+    """A trained model with its training loss by step, its seconds and its scores by task."""
+
+    model: TIGER
+    losses: list[float]
+    seconds: float
+    scores: dict[str, float] = field(default_factory=dict)
+
+
+def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIGER]]]:
+    """The demo's models by name: TIGER, the twin, and the controls, which mix without routing.
+
+    A control is the same task-conditioned decoder with the same task interaction, on one specialist or on the plain
+    mean of all. Its projections are widened until it has at least TIGER's trainable parameters: a win of TIGER's is
+    then no matter of capacity.
+    """
+
+    def tiger(**changes: Any) -> TIGER:
+        return TIGER.from_preset(PRESET, experts=experts, **changes)
+
+    def control(members: Sequence[Any]) -> TIGER:
+        def build(hidden: int) -> TIGER:
+            plain = {"routing": "mean", "expert_interaction": False, "counterfactual": {"weight": 0.0}}
+            return TIGER.from_preset(PRESET, experts=members, hidden=hidden, **plain)
+
+        wanted = tiger().trainable_parameters()["total"]
+        one, two = (build(hidden).trainable_parameters()["total"] for hidden in (1, 2))
+        return build(1 + math.ceil((wanted - one) / (two - one)))
+
+    yield "tiger", tiger
+    yield "without", lambda: tiger(counterfactual={"weight": 0.0})
+    for expert in experts:
+        yield expert.name, lambda expert=expert: control([expert])
+    yield "mean", lambda: control(experts)
+
+
+def _features(model: TIGER, batch: dict[str, Any], experts: Sequence[Any]) -> list[Tensor]:
+    names = [expert.name for expert in experts]
+    return [batch["features"][names.index(name)] for name in model.expert_names]
+
+
+def train(
+    model: TIGER,
+    data: CachedSamples,
+    experts: Sequence[Any],
+    *,
+    steps: int,
+    batch_size: int,
+    learning_rate: float,
+    seed: int,
+    report: Callable[[str], None],
+) -> Run:
+    """AdamW with a cosine schedule; every model sees the same batches in the same order."""
+    started = time.perf_counter()
+    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=0.05)
+    order = torch.Generator().manual_seed(seed)
+    losses = []
+    for step in range(steps):
+        batch = data.batch(torch.randint(len(data), (batch_size,), generator=order))
+        objective = model.objective(batch, batch["image"], features=_features(model, batch, experts), step=step)
+        optimiser.zero_grad()
+        objective.total.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
+        optimiser.step()
+        schedule.step()
+        losses.append(sum(task.weight * float(objective.tasks[task.name]) for task in model.tasks))
+        if (step + 1) % 100 == 0 or step + 1 == steps:
+            report(f"step {step + 1:4d}/{steps}  task loss {sum(losses[-50:]) / len(losses[-50:]):7.3f}")
+    return Run(model.eval(), losses, time.perf_counter() - started)
+
+
+def batches(data: CachedSamples, size: int) -> Iterator[dict[str, Any]]:
+    """All samples in order."""
+    for indices in torch.arange(len(data)).split(size):
+        yield data.batch(indices)
+
+
+@torch.no_grad()
+def evaluate(model: TIGER, data: CachedSamples, experts: Sequence[Any]) -> dict[str, float]:
+    """Each task's metric on held-out scenes."""
+    metrics = {task.name: task.metric() for task in model.tasks}
+    for batch in batches(data, 20):
+        output = model(batch["image"], features=_features(model, batch, experts))
+        for name, metric in metrics.items():
+            metric.update(output.predictions[name], batch[name])
+    return {name: float(metric.compute()) for name, metric in metrics.items()}
+
+
+@torch.no_grad()
+def routing_statistics(
+    model: TIGER, data: CachedSamples, experts: Sequence[Any], removal: str = "mixture"
+) -> RoutingStatistics:
+    """Routing weights against counterfactual differences on held-out scenes."""
+    statistics = RoutingStatistics(model.settings.counterfactual.tau, model.settings.counterfactual.eps)
+    for batch in batches(data, 20):
+        features = _features(model, batch, experts)
+        delta, valid = model.differences(batch, batch["image"], features=features, removal=removal)
+        _, routed = model.route(batch["image"], features)
+        statistics.update(routed.weights, delta, valid)
+    return statistics
+
+
+def make_report(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any], seed: int) -> dict[str, Any]:
+    """The figures of report.json but its seconds; see `main`."""
+    model = runs["tiger"].model
+    tasks, names = model.task_names, model.expert_names
+    found = {name: routing_statistics(runs[key].model, data, experts) for name, key in KEYS.items()}
+    at_input = routing_statistics(model, data, experts, removal="input")
+
+    def table(values: Tensor) -> dict[str, dict[str, float]]:
+        return {task: dict(zip(names, row, strict=True)) for task, row in zip(tasks, values.tolist(), strict=True)}
+
+    return {
+        "tasks": {
+            task.name: {
+                "metric": (metric := task.metric()).name,
+                "value": runs["tiger"].scores[task.name],
+                "higher_is_better": metric.higher_is_better,
+            }
+            for task in model.tasks
+        },
+        "controls": {name: runs[name].scores for name in runs if name not in KEYS.values()},
+        "without": runs["without"].scores,
+        "routing": table(found["with"].weights()),
+        "causal": table(found["with"].differences()),
+        "causal_input": table(at_input.differences()),
+        "agreement": {name: statistics.agreement() for name, statistics in found.items()},
+        "agreement_input": at_input.agreement(),
+        "divergence": {name: statistics.divergence() for name, statistics in found.items()}
+        | {"uniform": found["with"].divergence(of_uniform=True)},
+        "entropy": {name: statistics.entropy() for name, statistics in found.items()},
+        "parameters": {name: run.model.trainable_parameters()["total"] for name, run in runs.items()},
+        "training_seconds": {name: run.seconds for name, run in runs.items()},
+        "seed": seed,
+    }
+
+
+# report.json's names of the two routed models.
+KEYS = {"with": "tiger", "without": "without"}
+
+
+def table_of(report: dict[str, Any]) -> str:
+    """The report as text: scores of all models, routing against causes."""
+    tasks = report["tasks"]
+    heads = [f"{name} {row['metric']}{'↑' if row['higher_is_better'] else '↓'}" for name, row in tasks.items()]
+    lines = [f"{'model':<14}{'parameters':>11}" + "".join(f"{head:>16}" for head in heads)]
+    scores = {"tiger": {name: row["value"] for name, row in tasks.items()}, "without": report["without"]}
+    for model, row in (scores | report["controls"]).items():
+        cells = "".join(f"{row[name]:>16.4f}" for name in tasks)
+        lines.append(f"{model:<14}{report['parameters'][model]:>11,}{cells}")
+    lines.append("")
+    lines.append("mean routing weight / mean counterfactual difference, removed at the mixture / at the input")
+    experts = list(next(iter(report["routing"].values())))
+    lines.append(f"{'task':<12}" + "".join(f"{expert:>28}" for expert in experts))
+    for task in tasks:
+        cells = (
+            f"{report['routing'][task][e]:.3f} / {report['causal'][task][e]:+.4f} / {report['causal_input'][task][e]:+.4f}"
+            for e in experts
+        )
+        lines.append(f"{task:<12}" + "".join(f"{cell:>28}" for cell in cells))
+    lines.append("")
+    for name in ("agreement", "divergence", "entropy"):
+        values = ", ".join(f"{key} {value:.3f}" for key, value in report[name].items())
+        lines.append(f"{name + ':':<12}{values}")
+    lines.append(f"{'':<12}agreement with differences at the input: {report['agreement_input']:.3f}")
+    return "\n".join(lines)
+
+
+def photographs(size: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
+    """Real photographs from scikit-image, cropped to the aspect ratio of `size` and resized: (3, H, W) in [0, 1]."""
+    data = require("skimage.data", extra="train")
+    for name in PHOTOGRAPHS:
+        image = torch.from_numpy(getattr(data, name)().copy())
+        yield name, fit_image(image.movedim(-1, 0).float() / 255, size)
+
+
+@torch.no_grad()
+def draw(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any], folder: Path) -> None:
+    """All pictures of the demo."""
+    model = runs["tiger"].model
+    grid = model.settings.grid
+    batch = data.batch(torch.arange(6))
+    output = model(batch["image"], features=_features(model, batch, experts))
+    predictions = {task.name: task.predict(output.predictions[task.name]) for task in model.tasks}
+    predictions_figure(batch["image"], predictions, batch).savefig(folder / "predictions.png", dpi=120)
+    for index in range(3):
+        figure = routing_figure(
+            batch["image"][index], output.weights[index], model.task_names, model.expert_names, grid
+        )
+        figure.savefig(folder / f"routing-{index}.png", dpi=120)
+    curves_figure({name: run.losses for name, run in runs.items()}, "weighted task loss").savefig(
+        folder / "losses.png", dpi=120
+    )
+    names, images = zip(*photographs(model.settings.image_size), strict=True)
+    photos = torch.stack(images)
+    output = model(photos)
+    predictions = {task.name: task.predict(output.predictions[task.name]) for task in model.tasks}
+    predictions_figure(photos, predictions).savefig(folder / "photographs.png", dpi=120)
+    for index, name in enumerate(names):
+        figure = routing_figure(photos[index], output.weights[index], model.task_names, model.expert_names, grid)
+        figure.savefig(folder / f"routing-{name}.png", dpi=120)
+
+
+def open_result(out: Path) -> Path:
+    """A fresh folder beside `out` to write into; `close_result` puts it in its place.
+
+    Raises:
+        FileExistsError: if `out` holds something that is not an earlier result of the demo.
+    """
+    if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
+        raise FileExistsError(f"{out} holds something else than a result of the demo: name another folder with --out")
+    fresh = out.with_name(f".{out.name}.part")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    (fresh / MARKER).touch()
+    return fresh
+
+
+def close_result(fresh: Path, out: Path) -> None:
+    """Replace `out`, an earlier result or nothing, by the finished folder."""
+    shutil.rmtree(out, ignore_errors=True)
+    fresh.rename(out)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Options of the demo."""
+    options = argparse.ArgumentParser(prog="python -m tiger_fast demo", description=__doc__)
+    options.add_argument("--seed", type=int, default=0, help="of initialisation and batches")
+    options.add_argument("--steps", type=int, default=500, help="training steps of every model")
+    options.add_argument("--scenes", type=int, default=2000, help="training scenes")
+    options.add_argument("--held-out", type=int, default=200, help="scenes for evaluation")
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--learning-rate", type=float, default=3e-3)
+    options.add_argument(
+        "--out", type=Path, default=Path("runs/demo"), help="result folder, replaced if it is a demo's"
+    )
+    return options
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, evaluate, print the table and write report.json, model and pictures to --out."""
+    options = parser().parse_args(arguments)
+    started = time.perf_counter()
+    try:
+        fresh = open_result(options.out)
+    except FileExistsError as error:
+        raise SystemExit(str(error)) from None
+    experts = load_specialists()
+    print(f"rendering {options.scenes} training and {options.held_out} held-out scenes, asking the experts", flush=True)
+    training = CachedSamples(Scenes(options.scenes, TRAIN_OFFSET), experts)
+    held_out = CachedSamples(Scenes(options.held_out, HELDOUT_OFFSET), experts)
+    runs: dict[str, Run] = {}
+    for name, build in build_models(experts):
+        torch.manual_seed(options.seed)
+        model = build()
+        print(f"{name}: {model.trainable_parameters()['total']:,} trainable parameters", flush=True)
+        runs[name] = train(
+            model,
+            training,
+            experts,
+            steps=options.steps,
+            batch_size=options.batch_size,
+            learning_rate=options.learning_rate,
+            seed=options.seed,
+            report=lambda text, name=name: print(f"  {name:<12} {text}", flush=True),
+        )
+        runs[name].scores = evaluate(model, held_out, experts)
+    report = make_report(runs, held_out, experts, options.seed)
+    draw(runs, held_out, experts, fresh)
+    runs["tiger"].model.save(fresh / "tiger-tiny.safetensors")
+    report["seconds"] = time.perf_counter() - started
+    (fresh / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    close_result(fresh, options.out)
+    print("\n" + table_of(report))
+    print(f"\n{report['seconds']:.0f} seconds; report.json, the model and pictures are in {options.out}")
