@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiger_fast import _checks as check
 from tiger_fast import functional
 from tiger_fast.functional import Routed
 
@@ -92,10 +93,11 @@ class Router(nn.Module):
         Raises:
             ValueError, TypeError: as `tiger_fast.functional.route`; also for another number of experts than M.
         """
-        members = experts.shape[1] if isinstance(experts, Tensor) and experts.dim() > 1 else len(experts)
+        check.activation("query", query, "B N D")
+        members = len(check.experts(experts))
         if members != self.num_experts:
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
-        if task.dim() not in (2, 3) or task.shape[-1] != self.task_dim:
+        if check.tensor("task", task).dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
         return self.mix(query, experts, task)
 
