@@ -93,9 +93,8 @@ class Router(nn.Module):
         Raises:
             ValueError, TypeError: as `tiger_fast.functional.route`; also for another number of experts than M.
         """
-        check.activation("query", query, "B N D")
-        members = len(check.experts(experts))
-        if members != self.num_experts:
+        members = _members(experts)
+        if members not in (None, self.num_experts):
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
         if check.tensor("task", task).dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
@@ -141,6 +140,13 @@ class Router(nn.Module):
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+def _members(experts: Sequence[Tensor] | Tensor) -> int | None:
+    # None for what is neither a sequence nor (B, M, N, D): `route` refuses it and says why.
+    if isinstance(experts, Tensor):
+        return experts.shape[1] if experts.dim() == 4 else None
+    return len(experts) if isinstance(experts, Sequence) else None
 
 
 def _to_tokens(feature_map: Tensor) -> Tensor:
