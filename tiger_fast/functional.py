@@ -18,7 +18,6 @@ float32 whatever the autocast type. float64 is never cast down.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tiger_fast import _checks as check
@@ -96,7 +95,7 @@ def route(
     """
     query = check.activation("query", query, "B N D")
     members = check.experts(experts, query, "query")
-    batch, _, width = query.shape
+    width = query.shape[-1]
     check.positive("D of query", width)
     check.parameter("base_weight", base_weight, query, (width, width))
     check.parameter("base_bias", base_bias, query, (width,), optional=True)
@@ -299,8 +298,7 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, backend:
     """
     q = check.activation("q", q, "B G N D")
     for name, other in (("k", k), ("v", v)):
-        check.tensor(name, other)
-        check.shape(name, other, tuple(q.shape))
+        check.shape(name, check.activation(name, other, "B G N D"), tuple(q.shape))
         check.same_type(name, other, q, "q")
         check.device(name, other, q.device, "q")
     check.between("G of q", q.shape[1], 32)
