@@ -659,7 +659,7 @@ def elsewhere(value: Tensor, axes: tuple[int, int], sample: int, token: int) -> 
     return value
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("bad", [math.nan, -math.inf])
 @pytest.mark.parametrize("name", CASES)
 def test_nan_and_inf_stay_in_their_token(name, bad):
     axes = token_axes(name)
