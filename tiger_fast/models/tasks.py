@@ -93,7 +93,8 @@ def majority_class(num_classes: int, ignore_index: int = 255) -> TokenTarget:
     """Token target for cross-entropy: the class that most of the token's labelled pixels have."""
 
     def target(pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        labelled = pixels != ignore_index
+        # A class that does not exist has no vote here; in the per-pixel loss it is a NaN.
+        labelled = (pixels != ignore_index) & (pixels >= 0) & (pixels < num_classes)
         one_hot = F.one_hot(torch.where(labelled, pixels, 0), num_classes) * labelled[..., None]
         votes = _pool(one_hot.movedim(-1, 1).float(), grid)  # (B, N, C)
         return votes.argmax(dim=-1), votes.sum(dim=-1) > 0
@@ -149,7 +150,7 @@ def depth_estimation() -> Task:
         return DepthRMSE()
 
     instruction = "Estimate how far every pixel of the image is from the camera, in metres."
-    target = mean_of_valid(lambda depth: depth > 0)
+    target = mean_of_valid(lambda depth: (depth > 0) & depth.isfinite())
     return Task("depth", instruction, 1, DepthL1(), 1.0, metric, non_negative, None, "l1", target)
 
 
@@ -162,8 +163,7 @@ def surface_normals() -> Task:
         return NormalsAngularError()
 
     instruction = "Predict the three-dimensional direction in which the surface faces at every pixel of the image."
-    # Ignored pixels are zero vectors in the data, 255 after PROTOCOL's padding.
-    target = mean_of_valid(lambda n: ((n != 0).any(dim=1, keepdim=True)) & (n.abs() <= 1).all(dim=1, keepdim=True))
+    target = mean_of_valid(lambda n: (n != 0).any(dim=1, keepdim=True) & n.isfinite().all(dim=1, keepdim=True))
     return Task("normals", instruction, 3, NormalsL1(), 10.0, metric, unit_vectors, None, "cosine", target)
 
 
@@ -189,7 +189,7 @@ def boundary_detection() -> Task:
         return BoundaryF()
 
     instruction = "Detect the boundaries and contours that separate objects and regions in the image."
-    target = mean_of_valid(lambda edge: edge != 255)
+    target = mean_of_valid(lambda edge: (edge != 255) & edge.isfinite())
     return Task("edge", instruction, 1, WeightedBCE(), 50.0, metric, torch.sigmoid, None, "bce", target)
 
 

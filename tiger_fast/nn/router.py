@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiger_fast import _checks as check
 from tiger_fast import functional
 from tiger_fast.functional import Routed
 
@@ -92,10 +93,10 @@ class Router(nn.Module):
         Raises:
             ValueError, TypeError: as `tiger_fast.functional.route`; also for another number of experts than M.
         """
-        members = experts.shape[1] if isinstance(experts, Tensor) and experts.dim() > 1 else len(experts)
-        if members != self.num_experts:
+        members = _members(experts)
+        if members not in (None, self.num_experts):
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
-        if task.dim() not in (2, 3) or task.shape[-1] != self.task_dim:
+        if check.tensor("task", task).dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
         return self.mix(query, experts, task)
 
@@ -139,6 +140,13 @@ class Router(nn.Module):
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+def _members(experts: Sequence[Tensor] | Tensor) -> int | None:
+    # None for what is neither a sequence nor (B, M, N, D): `route` refuses it and says why.
+    if isinstance(experts, Tensor):
+        return experts.shape[1] if experts.dim() == 4 else None
+    return len(experts) if isinstance(experts, Sequence) else None
 
 
 def _to_tokens(feature_map: Tensor) -> Tensor:
