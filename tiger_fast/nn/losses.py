@@ -101,8 +101,10 @@ class NormalsL1(nn.Module):
         _check_logits(logits, channels=3)
         _check_map(target, logits)
         valid = (target.isfinite().all(1) & (target != 0).any(1)).unsqueeze(1)
-        error = (F.normalize(_masked(logits, valid), dim=1, eps=self.eps) - _masked(target, valid)).abs().sum(1)
-        return LossMap(error, valid.squeeze(1))
+        x = _masked(logits, valid)
+        # Not F.normalize: torch's norm over a strided dimension took 15 % of a whole training step on a CPU.
+        length = x.square().sum(1, keepdim=True).clamp_min(self.eps**2).sqrt()
+        return LossMap((x / length - _masked(target, valid)).abs().sum(1), valid.squeeze(1))
 
 
 class WeightedBCE(nn.Module):
