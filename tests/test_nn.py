@@ -269,6 +269,14 @@ def test_task_conditions_the_decoder_once_its_film_has_moved():
     assert (first - second).abs().mean() > 1e-2
 
 
+def test_film_scales_and_shifts_what_the_norm_gives():
+    block = decoder().stages[0][0]
+    with torch.no_grad():
+        block.film.bias[:16], block.film.bias[16:] = -1.0, 0.7  # scale 1 - 1 = 0: the shift alone is left
+    out = block(torch.randn(4, 8, 3, 4), torch.zeros(2, 6))
+    torch.testing.assert_close(out, F.gelu(torch.tensor(0.7)).expand(4, 16, 3, 4))
+
+
 def test_decoder_takes_heads_of_ones_own():
     class Scaled(nn.Conv2d):
         def forward(self, x):

@@ -17,9 +17,9 @@ class Router(nn.Module):
 
     Initialisation. With unit-variance queries and experts, the base term and the low-rank term each give logits of
     standard deviation about 0.1: weights are near uniform, so that no expert starts ahead, but differ from expert
-    to expert and token to token, so that nothing is tied and every gradient is alive. g starts at 1 plus a small
-    function of the task, not at 0: U diag(g) V^T then carries gradient to U, V and g for every task from the first
-    step. h starts at 0.
+    to expert and token to token, so that nothing is tied. g starts at 1 plus a small function of the task, not at 0:
+    U diag(g) V^T then carries gradient to U, V and g for every task from the first step. h starts at 0 by its last
+    layer's weights, so its first layer gets its first gradient at the second step.
 
     Args:
         dim: D, the width of query and experts.
