@@ -224,9 +224,7 @@ def test_batchnorm_in_eval_mode_is_used_as_it_is():
     experts, weights, target = problem()
     delta = CounterfactualLoss(decode, squared, batched=True)(experts, weights, target).delta
     with torch.no_grad():
-        torch.testing.assert_close(
-            delta, brute_force(decode, experts, weights, target, "all"), atol=1e-5, rtol=1e-4
-        )
+        torch.testing.assert_close(delta, brute_force(decode, experts, weights, target, "all"), atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -366,9 +364,7 @@ def per_token(logits, targets):
 
 def test_linear_is_decode_with_the_same_linear_decoder():
     step, experts, weights, targets = linear_problem()
-    heads = list(
-        zip(step.heads.weight.split(CHANNELS), step.heads.bias.split(CHANNELS), strict=True)
-    )
+    heads = list(zip(step.heads.weight.split(CHANNELS), step.heads.bias.split(CHANNELS), strict=True))
 
     def decode(tokens):
         return [F.linear(tokens[:, t], *heads[t]) for t in range(T)]

@@ -221,7 +221,7 @@ def pascal_tasks() -> list[Task]:
 
 
 def scenes_tasks() -> list[Task]:
-    """The embedded `scenes`: semseg (frequency-weighted), depth, normals, saliency, edge, with the protocol's lambdas."""
+    """The embedded scenes: semseg (frequency-weighted), depth, normals, saliency, edge, with the protocol's lambdas."""
     from tiger_fast.data.scenes import NUM_CLASSES
 
     return [
