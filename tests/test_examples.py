@@ -33,6 +33,8 @@ def test_example_runs_and_its_loss_falls(path, tmp_path):
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "HF_HUB_OFFLINE": "1",  # a look at the network is an error
         "CUDA_VISIBLE_DEVICES": "",
+        # Tensors are small: beside other tests, threads that wait for one another cost four times the time.
+        "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
         [sys.executable, str(path)], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=200
