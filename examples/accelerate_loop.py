@@ -1,6 +1,6 @@
 """tiger_fast.Router under Hugging Face Accelerate: one script for one CPU, several GPUs or mixed precision.
 
-python examples/accelerate_loop.py                               # a few seconds on a CPU
+python examples/accelerate_loop.py                              # a few seconds on a CPU
 torchrun --nproc-per-node 2 examples/accelerate_loop.py         # the same in two processes
 """
 
