@@ -44,7 +44,11 @@ def test_entropy_is_in_nats(figures):
 
 def test_divergence_is_that_of_equation_12(figures):
     high, low = 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(2))  # softmax of (1, -1)
-    rows = [divergence((high, low), (0.75, 0.25)), divergence((low, high), (0.25, 0.75)), divergence((high, low), (1, 0))]
+    rows = [
+        divergence((high, low), (0.75, 0.25)),
+        divergence((low, high), (0.25, 0.75)),
+        divergence((high, low), (1, 0)),
+    ]
     assert float(figures["divergence"]) == pytest.approx(sum(rows) / 3, rel=1e-6)
     assert float(figures["divergence_of_uniform"]) == pytest.approx(divergence((high, low), (0.5, 0.5)), rel=1e-6)
 

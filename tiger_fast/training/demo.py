@@ -40,9 +40,9 @@ class Run:
 def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIGER]]]:
     """The demo's models by name: TIGER, the twin, and the controls, which mix without routing.
 
-    A control is the same task-conditioned decoder with the same task interaction, on one specialist or on the plain
-    mean of all. Its projections are widened until it has at least TIGER's trainable parameters: a win of TIGER's is
-    then no matter of capacity.
+    A control is the same task-conditioned decoder on one specialist or on the plain mean of all. All its tasks share
+    their tokens, so that no interaction could tell them apart. Its projections are widened until it has at least
+    TIGER's trainable parameters: a win of TIGER's is then no matter of capacity.
     """
 
     def tiger(**changes: Any) -> TIGER:
@@ -50,7 +50,8 @@ def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIG
 
     def control(members: Sequence[Any]) -> TIGER:
         def build(hidden: int) -> TIGER:
-            plain = {"routing": "mean", "expert_interaction": False, "counterfactual": {"weight": 0.0}}
+            plain = {"routing": "mean", "expert_interaction": False, "task_interaction": False}
+            plain |= {"counterfactual": {"weight": 0.0}}
             return TIGER.from_preset(PRESET, experts=members, hidden=hidden, **plain)
 
         wanted = tiger().trainable_parameters()["total"]
@@ -258,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     """Options of the demo."""
     options = argparse.ArgumentParser(prog="python -m tiger_fast demo", description=__doc__)
     options.add_argument("--seed", type=int, default=0, help="of initialisation and batches")
-    options.add_argument("--steps", type=int, default=500, help="training steps of every model")
+    options.add_argument("--steps", type=int, default=400, help="training steps of every model")
     options.add_argument("--scenes", type=int, default=2000, help="training scenes")
     options.add_argument("--held-out", type=int, default=200, help="scenes for evaluation")
     options.add_argument("--batch-size", type=int, default=8)

@@ -11,10 +11,11 @@ Report = dict[str, Any]
 INTRODUCTION = """\
 # The demo on several seeds
 
-Made by `make demo-table`, which runs the demo with each seed and writes this page from the `report.json` files; no figure
-is typed by hand. TIGER (`tiger-tiny`) and its controls are trained for the same number of steps on the same batches of
-the embedded scenes and scored on held-out ones. `without` is TIGER without the counterfactual loss. Each other control is the same
-task-conditioned decoder on one specialist, or on the plain mean of all, with at least TIGER's trainable parameters.
+Made by `make demo-table`, which runs the demo with each seed and writes this page from the `report.json` files; no
+figure is typed by hand. TIGER (`tiger-tiny`) and its controls are trained for the same number of steps on the same
+batches of the embedded scenes and scored on held-out ones. `without` is TIGER without the counterfactual loss. Each
+other control is the same task-conditioned decoder on one specialist, or on the plain mean of all, with at least as many
+trainable parameters.
 """
 
 
