@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import pickle
 
 import pytest
 import torch
@@ -718,3 +719,19 @@ def test_a_copy_is_a_model_of_its_own():
     assert not twin.objective(targets, images, features=features).delta.any(), "the copy decodes with the original"
     torch.testing.assert_close(model.objective(targets, images, features=features).total, before.total)
     assert inspect.signature(CounterfactualLoss).parameters["removal"].default == "all"
+
+
+def test_a_model_pickles_with_its_tasks():
+    model = build(experts=[build_specialist(SPECIALISTS["geometry"])])
+    again = pickle.loads(pickle.dumps(model))
+    assert again.task_names == model.task_names
+    assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), model.state_dict().values(), strict=True))
+    assert not any(name.startswith("experts.") for name in again.state_dict())
+
+
+def test_losses_with_tensors_follow_the_model_to_its_device():
+    tasks = scenes_tasks()
+    with torch.device("meta"):
+        meta = build(tasks=tasks).to("meta")
+    assert meta.losses["semseg"].class_weight.device.type == "meta"
+    assert tasks[0].loss.class_weight.device.type == "cpu"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -91,27 +92,46 @@ def non_negative(logits: Tensor) -> Tensor:
 
 def majority_class(num_classes: int, ignore_index: int = 255) -> TokenTarget:
     """Token target for cross-entropy: the class that most of the token's labelled pixels have."""
+    return partial(_majority, num_classes, ignore_index)
 
-    def target(pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        # A class that does not exist has no vote here; in the per-pixel loss it is a NaN.
-        labelled = (pixels != ignore_index) & (pixels >= 0) & (pixels < num_classes)
-        one_hot = F.one_hot(torch.where(labelled, pixels, 0), num_classes) * labelled[..., None]
-        votes = _pool(one_hot.movedim(-1, 1).float(), grid)  # (B, N, C)
-        return votes.argmax(dim=-1), votes.sum(dim=-1) > 0
 
-    return target
+def _majority(num_classes: int, ignore_index: int, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    # A class that does not exist has no vote here; in the per-pixel loss it is a NaN.
+    labelled = (pixels != ignore_index) & (pixels >= 0) & (pixels < num_classes)
+    one_hot = F.one_hot(torch.where(labelled, pixels, 0), num_classes) * labelled[..., None]
+    votes = _pool(one_hot.movedim(-1, 1).float(), grid)  # (B, N, C)
+    return votes.argmax(dim=-1), votes.sum(dim=-1) > 0
 
 
 def mean_of_valid(is_valid: Callable[[Tensor], Tensor]) -> TokenTarget:
     """Token target for a regression: the mean over the token's pixels where is_valid(target) (B, 1, H, W) holds."""
+    return partial(_mean_where, is_valid)
 
-    def target(pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        valid = is_valid(pixels)
-        share = _pool(valid.float(), grid)  # (B, N, 1)
-        total = _pool(torch.where(valid, pixels, 0).float(), grid)
-        return total / torch.where(share > 0, share, 1), share[..., 0] > 0
 
-    return target
+def _mean_where(is_valid: Callable[[Tensor], Tensor], pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    valid = is_valid(pixels)
+    share = _pool(valid.float(), grid)  # (B, N, 1)
+    total = _pool(torch.where(valid, pixels, 0).float(), grid)
+    return total / torch.where(share > 0, share, 1), share[..., 0] > 0
+
+
+def _measured(depth: Tensor) -> Tensor:
+    return (depth > 0) & depth.isfinite()
+
+
+def _directed(normals: Tensor) -> Tensor:
+    return (normals != 0).any(dim=1, keepdim=True) & normals.isfinite().all(dim=1, keepdim=True)
+
+
+def _labelled(edge: Tensor) -> Tensor:
+    return (edge != 255) & edge.isfinite()
+
+
+def _metric(name: str, *args: Any, **options: Any) -> Any:
+    # Metrics need torchmetrics, models do not.
+    from tiger_fast import metrics
+
+    return getattr(metrics, name)(*args, **options)
 
 
 def _pool(maps: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -130,12 +150,7 @@ def semantic_segmentation(
     weight: float = 1.0,
 ) -> Task:
     """Semantic segmentation (or parsing): cross-entropy and mIoU, 255 ignored."""
-
-    def metric() -> Any:
-        from tiger_fast.metrics import SegmentationIoU
-
-        return SegmentationIoU(num_classes, include_background=include_background)
-
+    metric = partial(_metric, "SegmentationIoU", num_classes, include_background=include_background)
     loss = CrossEntropy(class_weight=class_weight)
     token = {"token_loss": "cross_entropy", "token_target": majority_class(num_classes)}
     return Task(name, instruction, num_classes, loss, weight, metric, classes, **token)
@@ -143,38 +158,23 @@ def semantic_segmentation(
 
 def depth_estimation() -> Task:
     """Monocular depth in metres: L1 where the target is > 0, RMSE."""
-
-    def metric() -> Any:
-        from tiger_fast.metrics import DepthRMSE
-
-        return DepthRMSE()
-
+    metric = partial(_metric, "DepthRMSE")
     instruction = "Estimate how far every pixel of the image is from the camera, in metres."
-    target = mean_of_valid(lambda depth: (depth > 0) & depth.isfinite())
+    target = mean_of_valid(_measured)
     return Task("depth", instruction, 1, DepthL1(), 1.0, metric, non_negative, None, "l1", target)
 
 
 def surface_normals() -> Task:
     """Surface normals: L1 on unit vectors, mean angular error in degrees."""
-
-    def metric() -> Any:
-        from tiger_fast.metrics import NormalsAngularError
-
-        return NormalsAngularError()
-
+    metric = partial(_metric, "NormalsAngularError")
     instruction = "Predict the three-dimensional direction in which the surface faces at every pixel of the image."
-    target = mean_of_valid(lambda n: (n != 0).any(dim=1, keepdim=True) & n.isfinite().all(dim=1, keepdim=True))
+    target = mean_of_valid(_directed)
     return Task("normals", instruction, 3, NormalsL1(), 10.0, metric, unit_vectors, None, "cosine", target)
 
 
 def saliency_detection() -> Task:
     """Salient objects: balanced two-class cross-entropy, maxF."""
-
-    def metric() -> Any:
-        from tiger_fast.metrics import SaliencyMaxF
-
-        return SaliencyMaxF()
-
+    metric = partial(_metric, "SaliencyMaxF")
     instruction = "Find the object whose appearance stands out and draws attention first in the image."
     token = {"token_loss": "cross_entropy", "token_target": majority_class(2)}
     return Task("saliency", instruction, 2, BalancedCrossEntropy(), 5.0, metric, salient_probability, **token)
@@ -182,14 +182,9 @@ def saliency_detection() -> Task:
 
 def boundary_detection() -> Task:
     """Object boundaries: weighted binary cross-entropy, boundary F."""
-
-    def metric() -> Any:
-        from tiger_fast.metrics import BoundaryF
-
-        return BoundaryF()
-
+    metric = partial(_metric, "BoundaryF")
     instruction = "Detect the boundaries and contours that separate objects and regions in the image."
-    target = mean_of_valid(lambda edge: (edge != 255) & edge.isfinite())
+    target = mean_of_valid(_labelled)
     return Task("edge", instruction, 1, WeightedBCE(), 50.0, metric, torch.sigmoid, None, "bce", target)
 
 

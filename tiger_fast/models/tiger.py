@@ -1,6 +1,7 @@
 """TIGER: frozen experts -> projection -> interaction -> routing -> task interaction -> decoder (TIGER sec. 3)."""
 
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -92,7 +93,10 @@ class TIGER(nn.Module):
             raise ValueError(f"embeddings must be ({len(self.tasks)}, E), one per task, got {tuple(embeddings.shape)}")
         self.experts = nn.ModuleList(e for e in experts if isinstance(e, nn.Module))
         self.experts.requires_grad_(False).eval()
-        self._keep_experts_out_of_state()
+        self.register_state_dict_post_hook(_leave_experts_out)
+        self.register_load_state_dict_pre_hook(_put_experts_back)
+        # Losses with tensors of their own follow this model, and no other that has the same tasks, to its device.
+        self.losses = nn.ModuleDict({t.name: deepcopy(t.loss) for t in self.tasks if isinstance(t.loss, nn.Module)})
 
         s = settings
         if embeddings is None:
@@ -329,7 +333,8 @@ class TIGER(nn.Module):
                 logits, target = predictions[task.name], targets[task.name]
                 if logits.shape[-2:] != target.shape[-2:]:
                     logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
-                maps[task.name] = task.loss(logits, target)
+                loss = self.losses[task.name] if task.name in self.losses else task.loss
+                maps[task.name] = loss(logits, target)
         return maps
 
     def token_losses(self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> TokenLosses:
@@ -465,19 +470,17 @@ class TIGER(nn.Module):
         counts = {name: count for name, count in counts.items() if count}
         return counts | {"total": sum(counts.values())}
 
-    def _keep_experts_out_of_state(self) -> None:
-        # Frozen experts are loaded from their own files: a checkpoint of a head stays small, and loading one into a
-        # model with other copies of the same experts is no error.
-        def leave_out(module, state, prefix, _metadata):
-            for key in [key for key in state if key.startswith(f"{prefix}experts.")]:
-                del state[key]
 
-        def put_back(module, state, prefix, *_):
-            for key, value in module.experts.state_dict(prefix=f"{prefix}experts.").items():
-                state.setdefault(key, value)
+def _leave_experts_out(module: TIGER, state: dict[str, Any], prefix: str, _metadata: Any) -> None:
+    # Frozen experts are loaded from their own files: a checkpoint of a head stays small, and loading one into a model
+    # with other copies of the same experts is no error. A function of the module's, not a closure: models pickle.
+    for key in [key for key in state if key.startswith(f"{prefix}experts.")]:
+        del state[key]
 
-        self.register_state_dict_post_hook(leave_out)
-        self.register_load_state_dict_pre_hook(put_back)
+
+def _put_experts_back(module: TIGER, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key, value in module.experts.state_dict(prefix=f"{prefix}experts.").items():
+        state.setdefault(key, value)
 
 
 def _resolve_experts(
