@@ -179,7 +179,7 @@ PRESETS: dict[str, Preset] = {
             rank=16,
             router_hidden=96,
             num_heads=4,
-            decoder=((64, 1), (48, 1)),
+            decoder=((64, 1), (32, 1)),
             query_width=16,
         ),
         ("semantics", "geometry", "boundaries", "appearance"),
