@@ -312,7 +312,7 @@ class RunCheckpoint(Checkpoint):
             logger.save()
         self._saved, self._due = trainer.global_step, False
         folder = RunFolder(trainer.default_root_dir)
-        trainer.save_checkpoint(folder.path / "checkpoints" / f"step-{self._saved:08d}.ckpt")
+        trainer.save_checkpoint(folder.path / "checkpoints" / f"step-{self._saved:08d}.ckpt", weights_only=False)
         if trainer.is_global_zero:
             for old in folder.checkpoints()[: -self.keep]:
                 old.unlink()

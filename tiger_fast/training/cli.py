@@ -3,6 +3,7 @@
 import difflib
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -187,4 +188,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 for an unknown key or value, with a message for anything else that the user can mend.
     """
-    TIGERCLI(args)
+    with warnings.catch_warnings():
+        # The frozen experts' modules: they are to be in eval mode.
+        warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")
+        TIGERCLI(args)
