@@ -17,7 +17,7 @@ from tiger_fast.training.runfolder import RunFolder, write_whole
 
 require("lightning", extra="train")
 
-from lightning.pytorch.callbacks import BasePredictionWriter, Callback, Checkpoint  # noqa: E402
+from lightning.pytorch.callbacks import Callback, Checkpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
@@ -119,7 +119,10 @@ class RoutingHealth(Callback):
         shares, entropies, divergence = self._means.compute()
         values = {f"val/{key}": value for key, value in _named(pl_module.model, shares, entropies).items()}
         values["val/routing/divergence"] = divergence
-        pl_module.log_dict({key: value.float() for key, value in values.items()}, logger=False)
+        if trainer.state.fn == "fit":
+            # The trainer takes this for the step that all validation figures are logged under, as RunLog's are.
+            values["step"] = torch.tensor(trainer.global_step)
+        pl_module.log_dict({key: value.float() for key, value in values.items()})
         self._judge(pl_module.model, shares, entropies)
 
     @rank_zero_only
@@ -145,9 +148,10 @@ def logs_now(trainer: Any) -> bool:
 
 
 class RunLog(Callback):
-    """Hands metrics to the loggers before checkpoints are written, under the number of steps taken.
+    """Hands the training figures to the loggers before a checkpoint is written, under the number of steps taken.
 
-    The trainer's own way logs a step after its checkpoint: a run killed in between would lose the row.
+    The trainer's own way logs a step after its checkpoint: a run killed in between would lose the row. Validation
+    figures go the trainer's way, which is before `RunCheckpoint` saves.
     """
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
@@ -162,11 +166,6 @@ class RunLog(Callback):
             metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "routing/"))}
             metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
             self._log(trainer, metrics)
-
-    def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the scores."""
-        if not trainer.sanity_checking:
-            self._log(trainer, {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/")})
 
     @staticmethod
     def _log(trainer: Any, metrics: Mapping[str, Any]) -> None:
@@ -222,6 +221,7 @@ class RunCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add figures to the row of `step`."""
+        step = int(step or 0)
         fresh = step not in self._rows
         self._rows.setdefault(step, {}).update({name: repr(float(value)) for name, value in metrics.items()})
         added = [name for name in metrics if name not in self._columns]
@@ -339,21 +339,18 @@ class ModelExport(Callback):
             pl_module.model.save(Path(trainer.default_root_dir) / "model.safetensors")
 
 
-class PredictionWriter(BasePredictionWriter):
-    """Writes each predicted scene batch to predictions/scene-N.safetensors, N the first of its `index`.
+class PredictionWriter(Callback):
+    """Writes each predicted batch to predictions/scene-N.safetensors in the run's folder, N the first of its `index`.
 
     A file holds every task's prediction by name, `weights` (B, T, N, M) and `index` (B,).
     """
 
-    def __init__(self) -> None:
-        super().__init__("batch")
-
-    def write_on_batch_end(
-        self, trainer: Any, pl_module: Any, prediction: Any, batch_indices: Any, batch: Any, batch_idx: int, _: int
+    def on_predict_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Write one batch."""
         save = require("safetensors.torch", extra="train").save
-        tensors = {**prediction["predictions"], "weights": prediction["weights"], "index": batch["index"]}
+        tensors = {**outputs["predictions"], "weights": outputs["weights"], "index": batch["index"]}
         content = save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()})
         name = f"scene-{int(batch['index'][0]):06d}.safetensors"
         write_whole(Path(trainer.default_root_dir) / "predictions" / name, lambda file: file.write(content))

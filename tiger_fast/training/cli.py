@@ -1,6 +1,7 @@
 """`python -m tiger_fast fit|validate|predict`: the trainer from a configuration file and the command line."""
 
 import difflib
+import json
 import re
 import sys
 import warnings
@@ -37,32 +38,18 @@ class Parser(LightningArgumentParser):
         super().error(message + self._near_match(message), ex)
 
     def _near_match(self, message: str) -> str:
-        known = list(self._keys())
-        # "Key 'model.lrr' is not expected", "Group 'model' does not accept nested key 'lrr'", "--model.lrr=1"
-        for pattern in (
-            r"[Gg]roup '(?P<group>[\w.]+)' does not accept (?:nested key|option) '(?P<key>[\w.]+)'",
-            r"[Kk]ey ['\"]?(?P<key>[\w.]+)['\"]? is not expected",
-            r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)",
-            r"does not accept nested key '(?P<key>[\w.]+)'",
-        ):
-            if found := re.search(pattern, message):
-                parts = found.groupdict()
-                name = ".".join(part for part in (parts.get("group"), parts["key"]) if part)
-                name = re.sub(r"^(fit|validate|predict)\.", "", name)
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                return f"\ndid you mean {near[0]!r}?" if near else ""
-        return ""
+        # Of a file: "Subcommand 'fit' does not accept option 'data.batchsize'"; else: "unrecognized arguments: --data.b 1".
+        found = re.search(r"(?:does not accept (?:option|nested key) '|unrecognized arguments: --)([\w.]+)", message)
+        near = difflib.get_close_matches(found[1], list(self._keys()), n=1, cutoff=0.5) if found else []
+        return f"; did you mean {near[0]!r}?" if near else ""
 
     def _keys(self) -> Iterator[str]:
         for action in self._actions:
-            if isinstance(action.dest, str):
+            if isinstance(action.choices, dict):  # the subcommands' parsers
+                for parser in action.choices.values():
+                    yield from parser._keys()
+            else:
                 yield action.dest
-            for parser in (getattr(action, "choices", None) or {}).values() if _is_subcommands(action) else ():
-                yield from parser._keys()
-
-
-def _is_subcommands(action: Any) -> bool:
-    return isinstance(getattr(action, "choices", None), dict)
 
 
 class TIGERCLI(LightningCLI):
@@ -141,10 +128,12 @@ class TIGERCLI(LightningCLI):
 
     @rank_zero_only
     def _claim(self) -> None:
-        text = self._parser(self.subcommand).dump(self.config[self.subcommand], skip_none=False)
-        config = require("yaml", extra="train").safe_load(text)
+        config = self.config[self.subcommand].clone().as_dict()
         config.pop("config", None)
-        self.folder.claim(config)
+        for part in ("model", "data"):
+            config[part].pop("seed", None)  # linked to seed_everything
+        # Plain values, so that it can be written and read again.
+        self.folder.claim(json.loads(json.dumps(config, default=str)))
 
     def before_validate(self) -> None:
         """Take the weights of the run's newest checkpoint, unless told which."""

@@ -147,7 +147,7 @@ class TIGERModule(LightningModule):
         for name, metric in self.metrics.items():
             if name in targets:
                 metric.update(output.predictions[name], targets[name])
-                self.log(f"val/{name}", metric, on_step=False, on_epoch=True, logger=False)
+                self.log(f"val/{name}", metric, on_step=False, on_epoch=True)
         delta, valid = self.model.differences(targets, images, features=features, removal="mixture")
         return {"weights": output.weights, "delta": delta, "valid": valid}
 
