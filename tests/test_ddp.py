@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_run
 import torch
 import torch.distributed as dist
-import tiny_run
 import torch.multiprocessing as mp
 import yaml
 from tiny_run import TINY_SETTINGS, tiny_config

@@ -150,6 +150,16 @@ def test_a_step_logs_every_loss_and_moves_every_parameter(mode):
         assert sum(logged[f"routing/{task}/{name}"] for name in EXPERTS) == pytest.approx(1, abs=1e-5)
 
 
+def test_accumulated_batches_log_their_step_once(tmp_path):
+    table = RunCSV(tmp_path / "metrics.csv")
+    run = trainer(accumulate_grad_batches=2, max_steps=3, log_every_n_steps=1, logger=table, limit_val_batches=0)
+    module = TIGERModule(model=tiny_model(), lr=0.004, warmup_steps=3)
+    run.fit(module, tiny_data(train_size=16))
+    rows = list(csv.DictReader(table.path.open()))
+    assert [row["step"] for row in rows] == ["1", "2", "3"]
+    assert [float(row["train/lr"]) for row in rows] == pytest.approx([0.001, 0.002, 0.003])
+
+
 def test_mixed_precision_fits_a_step():
     module = TIGERModule(model=tiny_model())
     seen = []
@@ -307,11 +317,16 @@ def test_the_table_has_a_row_for_every_step_and_forgets_what_will_come_again(tmp
     again.log_metrics({"loss": 7.0, "score": 8.0}, step=3)
     rows = list(csv.DictReader(table.path.open()))
     assert [row["step"] for row in rows] == ["1", "2", "3"]
-    assert float(rows[1]["loss"]) == 2 / 3 and rows[1]["score"] == "" and rows[2] == {
-        "step": "3",
-        "loss": "7.0",
-        "score": "8.0",
-    }
+    assert (
+        float(rows[1]["loss"]) == 2 / 3
+        and rows[1]["score"] == ""
+        and rows[2]
+        == {
+            "step": "3",
+            "loss": "7.0",
+            "score": "8.0",
+        }
+    )
 
 
 # -- the command line ------------------------------------------------------------------------------------------------
@@ -359,7 +374,9 @@ def test_validate_and_predict_take_the_newest_checkpoint(finished, capsys):
 
 def test_validate_without_a_run_is_refused(finished, tmp_path):
     with pytest.raises(SystemExit, match="run fit first"):
-        command(["validate", "--config", str(finished.with_suffix(".yaml")), "--trainer.default_root_dir", str(tmp_path)])
+        command(
+            ["validate", "--config", str(finished.with_suffix(".yaml")), "--trainer.default_root_dir", str(tmp_path)]
+        )
 
 
 @pytest.mark.parametrize(

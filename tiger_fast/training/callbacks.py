@@ -92,10 +92,15 @@ class RoutingHealth(Callback):
     def __init__(self) -> None:
         self._means: RoutingMeans | None = None
         self._collapsed = False
+        self._due = LoggedSteps()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """The step that the run goes on from was logged before."""
+        self._due.start(trainer)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log the batch."""
-        if not logs_now(trainer):
+        if not self._due.now(trainer):
             return
         weights = outputs["weights"]
         shares, entropies = weights.mean(dim=(0, 2)), entropy(weights).mean(dim=(0, 2))
@@ -129,7 +134,9 @@ class RoutingHealth(Callback):
     def _judge(self, model: Any, shares: Tensor, entropies: Tensor) -> None:
         reason = collapse(shares, entropies, model.expert_names)
         if reason and not self._collapsed:
-            hint = "raise counterfactual.weight" if model.settings.counterfactual.weight else "set counterfactual.weight"
+            hint = (
+                "raise counterfactual.weight" if model.settings.counterfactual.weight else "set counterfactual.weight"
+            )
             warnings.warn(f"routing has collapsed: {reason}; {hint}?", RoutingCollapse, stacklevel=2)
         self._collapsed = reason is not None
 
@@ -142,9 +149,24 @@ def _named(model: Any, shares: Tensor, entropies: Tensor) -> dict[str, Tensor]:
     return values
 
 
-def logs_now(trainer: Any) -> bool:
-    """Whether the step just taken is one that is logged."""
-    return trainer.global_step % trainer.log_every_n_steps == 0
+class LoggedSteps:
+    """Says of each training batch whether it is the one whose optimiser step is logged (`log_every_n_steps`).
+
+    With accumulated gradients several batches belong to a step, and the last one takes it.
+    """
+
+    def __init__(self) -> None:
+        self._seen = 0
+
+    def start(self, trainer: Any) -> None:
+        """Steps up to here were logged by the run that this one continues."""
+        self._seen = trainer.global_step
+
+    def now(self, trainer: Any) -> bool:
+        """To be asked once after every batch."""
+        step = trainer.global_step
+        fresh, self._seen = step != self._seen, step
+        return fresh and step % trainer.log_every_n_steps == 0
 
 
 class RunLog(Callback):
@@ -154,24 +176,23 @@ class RunLog(Callback):
     figures go the trainer's way, which is before `RunCheckpoint` saves.
     """
 
+    def __init__(self) -> None:
+        self._due = LoggedSteps()
+
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """What was logged after the checkpoint that this run goes on from will be logged again."""
+        self._due.start(trainer)
         for logger in trainer.loggers:
             if isinstance(logger, RunCSV):
                 logger.rewind(trainer.global_step)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Log losses, routing and the learning rate."""
-        if logs_now(trainer):
-            metrics = {k: v for k, v in trainer.callback_metrics.items() if k.startswith(("train/", "routing/"))}
-            metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-            self._log(trainer, metrics)
-
-    @staticmethod
-    def _log(trainer: Any, metrics: Mapping[str, Any]) -> None:
-        values = {name: float(value) for name, value in sorted(metrics.items())}
-        for logger in trainer.loggers:
-            logger.log_metrics(values, step=trainer.global_step)
+        if self._due.now(trainer):
+            found = sorted(trainer.callback_metrics.items())
+            metrics = {name: float(value) for name, value in found if name.startswith(("train/", "routing/"))}
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
 
 
 class RunCSV(Logger):
@@ -319,7 +340,7 @@ class RunCheckpoint(Checkpoint):
 
 
 def validates_next(trainer: Any, batch_idx: int) -> bool:
-    """Whether the trainer validates right after the training batch just done (its own rule, for intervals in batches)."""
+    """Whether the trainer validates right after the batch just done: its own rule, for intervals in batches."""
     every, epoch = trainer.check_val_every_n_epoch, trainer.current_epoch + 1
     if not trainer.enable_validation or (every is not None and epoch % every):
         return False

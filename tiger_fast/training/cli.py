@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import logging
 import re
 import sys
 import warnings
@@ -31,14 +32,20 @@ TRAINER_DEFAULTS = {
 
 
 class Parser(LightningArgumentParser):
-    """The parser, whose error about an unknown key names the nearest one there is."""
+    """The parser, without what a file cannot give; its error about an unknown key names the nearest one there is."""
+
+    def add_class_arguments(self, theclass: type, *args: Any, **options: Any) -> Any:
+        """A ready model cannot come from a file."""
+        if theclass is TIGERModule:
+            options["skip"] = {"model", *options.get("skip", ())}
+        return super().add_class_arguments(theclass, *args, **options)
 
     def error(self, message: str, ex: Exception | None = None) -> None:
         """Print usage and message, and exit with status 2."""
         super().error(message + self._near_match(message), ex)
 
     def _near_match(self, message: str) -> str:
-        # Of a file: "Subcommand 'fit' does not accept option 'data.batchsize'"; else: "unrecognized arguments: --data.b 1".
+        # "Subcommand 'fit' does not accept option 'data.batchsize'" (a file's), "unrecognized arguments: --data.b 1".
         found = re.search(r"(?:does not accept (?:option|nested key) '|unrecognized arguments: --)([\w.]+)", message)
         near = difflib.get_close_matches(found[1], list(self._keys()), n=1, cutoff=0.5) if found else []
         return f"; did you mean {near[0]!r}?" if near else ""
@@ -140,9 +147,7 @@ class TIGERCLI(LightningCLI):
         if self.config_init[self.subcommand].get("ckpt_path") is None:
             newest = self.folder.newest_checkpoint()
             if newest is None:
-                raise SystemExit(
-                    f"error: no checkpoint in {self.folder.path}: run fit first, or give --ckpt_path"
-                )
+                raise SystemExit(f"error: no checkpoint in {self.folder.path}: run fit first, or give --ckpt_path")
             self._start_from(newest)
 
     def before_predict(self) -> None:
@@ -168,6 +173,11 @@ def _errors_as_messages() -> Iterator[None]:
         raise SystemExit(f"error: {error}") from error
 
 
+def _is_about_the_run(record: logging.LogRecord) -> bool:
+    # The trainer's tips recommend other products.
+    return "Tip:" not in record.getMessage()
+
+
 def main(args: Sequence[str] | None = None) -> None:
     """Run `fit`, `validate` or `predict`.
 
@@ -177,6 +187,7 @@ def main(args: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: with status 2 for an unknown key or value, with a message for anything else that the user can mend.
     """
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_about_the_run)
     with warnings.catch_warnings():
         # The frozen experts' modules: they are to be in eval mode.
         warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode")

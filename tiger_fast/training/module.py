@@ -24,7 +24,8 @@ class TIGERModule(LightningModule):
     """Trains, validates and predicts with a TIGER model.
 
     Before every batch torch's global generator is seeded with a function of seed, step and batch: what the model
-    draws (`counterfactual.sampled`) is then the same on all ranks and after a resume.
+    draws (`counterfactual.sampled`) is then the same on all ranks and after a resume. A resumed run is the
+    uninterrupted one bit for bit on a CPU, at the same number of threads.
 
     Args:
         preset: the model's preset (`TIGER.from_preset`).
@@ -105,6 +106,7 @@ class TIGERModule(LightningModule):
         self._log_step({"loss": objective.total, **objective.tasks}, prog_bar=("loss",))
         if objective.counterfactual is not None:
             self._log_step({"counterfactual": objective.counterfactual})
+        self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], logger=False)
         return {"loss": objective.total, "weights": objective.weights}
 
     def on_after_backward(self) -> None:
