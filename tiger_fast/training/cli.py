@@ -18,6 +18,7 @@ from tiger_fast.training.runfolder import RunFolder, step_of
 
 require("jsonargparse", extra="train")
 
+from lightning.pytorch.callbacks import ProgressBar, TQDMProgressBar  # noqa: E402
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI  # noqa: E402
 from lightning.pytorch.loggers import TensorBoardLogger  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
@@ -114,7 +115,11 @@ class TIGERCLI(LightningCLI):
         else:
             kwargs["logger"] = False
             extra = [PredictionWriter()] if self.subcommand == "predict" else []
-        kwargs["callbacks"] = [*(given.get("callbacks") or []), *extra]
+        callbacks = given.get("callbacks") or []
+        if given.get("enable_progress_bar") is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            # The rich one, which the trainer prefers, shows "Epoch 0/-2" where the end is given in steps.
+            extra.append(TQDMProgressBar())
+        kwargs["callbacks"] = [*callbacks, *extra]
         return super().instantiate_trainer(**kwargs)
 
     def _loggers(self) -> list[Any]:
@@ -122,7 +127,7 @@ class TIGERCLI(LightningCLI):
         # TensorBoard hides what a killed run logged after the checkpoint that this one goes on from.
         purge = (step_of(newest) if newest else 0) + 1
         board = TensorBoardLogger(
-            self.folder.path, name="", version="tensorboard", default_hp_metric=False, purge_step=purge
+            self.folder.path, name="tensorboard", version="", default_hp_metric=False, purge_step=purge
         )
         return [RunCSV(self.folder.path / "metrics.csv"), board]
 
