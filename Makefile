@@ -16,13 +16,17 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint clean
+.PHONY: help demo demo-table test lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## set up, train tiger-tiny and its controls on the embedded data, write runs/demo/
 	$(PY) -m tiger_fast demo $(DEMO_ARGS)
+
+demo-table: $(STAMP)  ## run the demo with three seeds and write docs/demo.md from the reports (half an hour)
+	for seed in 0 1 2; do $(PY) -m tiger_fast demo --seed $$seed --out runs/demo-$$seed || exit 1; done
+	$(PY) -m tiger_fast.training.demo_table runs/demo-0 runs/demo-1 runs/demo-2 --out docs/demo.md
 
 test: $(STAMP)  ## set up, run the tests
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)

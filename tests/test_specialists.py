@@ -58,14 +58,15 @@ def test_input_is_conditioned_with_the_experts_own_statistics():
     assert torch.allclose(conditioned[0, :, 0, 0], torch.tensor([1.0, 0.4, 0.15]))
 
 
-def test_tokens_are_row_major(experts):
-    """A patch painted into one token's place moves that token the most."""
-    for expert in experts.values():
-        image = torch.full((1, 3, 96, 128), 0.5)
-        other = image.clone()
-        other[:, 0, 8 * 3 : 8 * 4, 8 * 10 : 8 * 11] = 1.0
-        moved = (expert(other, GRID) - expert(image, GRID)).norm(dim=2)[0]
-        assert moved.argmax() == 3 * 16 + 10
+def test_tokens_are_row_major():
+    """Without its blocks a specialist is local: a patch painted into one token's place moves that token alone."""
+    torch.manual_seed(0)
+    expert = Expert("local", module.SpecialistNet(patch_size=8, dim=5, depth=0), 8, 5)
+    image = torch.full((1, 3, 96, 128), 0.5)
+    other = image.clone()
+    other[:, :, 8 * 3 + 3 : 8 * 3 + 5, 8 * 10 + 3 : 8 * 10 + 5] = 1.0
+    moved = (expert(other, GRID) - expert(image, GRID)).abs().amax(dim=2)[0]
+    assert moved.nonzero().flatten().tolist() == [3 * 16 + 10]
 
 
 def test_experts_are_frozen(experts):

@@ -1,7 +1,8 @@
 """Argument checks of the functional contract, and its autocast rule. They read metadata only: never a value."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -49,7 +50,10 @@ def device(name: str, value: Tensor, expected: torch.device, other: str) -> None
 
 def computing_type(value: Tensor) -> torch.dtype:
     """The type that an activation has once autocast's rule is applied: float64 stays, others go to autocast's."""
-    if value.dtype == torch.float64 or not torch.is_autocast_enabled(value.device.type):
+    kind = value.device.type
+    # The meta device, on which shapes are inferred, has no autocast and raises when asked for its state.
+    available = torch.amp.is_autocast_available(kind)
+    if value.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
         return value.dtype
     return torch.get_autocast_dtype(value.device.type)
 
@@ -66,11 +70,11 @@ def experts(value: Sequence[Tensor] | Tensor, like: Tensor | None = None, other:
         if value.dim() != 4:
             raise ValueError(f"experts as one tensor must be (B, M, N, D), got {tuple(value.shape)}")
         # Refused before unbind, which would make thousands of views of a (B, N, M, D) tensor.
-        between("M", value.shape[1], MAX_EXPERTS)
+        between("M of experts", value.shape[1], MAX_EXPERTS)
         members = list(value.unbind(1))
     elif isinstance(value, Sequence):
         members = list(value)
-        between("M", len(members), MAX_EXPERTS)
+        between("M of experts", len(members), MAX_EXPERTS)
     else:
         raise TypeError(f"experts must be a sequence of tensors or one tensor, got {type(value).__name__}")
     like = activation("experts[0]", members[0], "B N D") if like is None else like
@@ -87,7 +91,7 @@ def beside(name: str, value: object, like: Tensor, expected: tuple[int | str, ..
     floating(name, value)
     shape(name, value, expected)
     if value.dtype not in (like.dtype, computing_type(like), torch.float32):
-        raise TypeError(f"{name} must be {like.dtype} (the activation type) or float32, got {value.dtype}")
+        raise TypeError(f"{name} must be {like.dtype} (the activation type) or torch.float32, got {value.dtype}")
     device(name, value, like.device, "the activation")
 
 
@@ -137,6 +141,14 @@ def broadcastable_mask(name: str, value: object, expected: torch.Size, place: to
     device(name, value, place, "delta")
 
 
+def companion(name: str, value: object, like: Tensor, other: str) -> None:
+    """A floating tensor of `like`'s shape and device; the two share a type, or one of them is float32."""
+    shape(name, floating(name, value), tuple(like.shape))
+    if value.dtype != like.dtype and torch.float32 not in (value.dtype, like.dtype):
+        raise TypeError(f"{name} is {value.dtype}, {other} is {like.dtype}; they must share a type or one be float32")
+    device(name, value, like.device, other)
+
+
 def last(name: str, value: Tensor) -> int:
     """The size of the last dimension; ValueError for a scalar."""
     if value.dim() == 0:
@@ -160,21 +172,40 @@ def between(name: str, size: int, most: int) -> int:
 
 def heads(num_heads: int, width: int) -> None:
     """ValueError unless `num_heads` is a positive divisor of `width`."""
-    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
-        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
+    integer("num_heads", num_heads)
     if num_heads < 1 or width < 1 or width % num_heads:
         raise ValueError(f"num_heads must divide D = {width}, got {num_heads}")
 
 
+def integer(name: str, value: object) -> None:
+    """TypeError unless `value` is an int."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+
+
+def flag(name: str, value: object) -> None:
+    """TypeError unless `value` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def number(name: str, value: object) -> None:
+    """TypeError unless `value` is a Python number (a tensor would be a wait for the device)."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+
+
 def temperature(tau: float, deviation_eps: float) -> None:
-    """ValueError unless tau > 0 and eps >= 0."""
+    """Raises unless tau > 0 and eps >= 0."""
+    number("tau", tau)
     if not tau > 0:
         raise ValueError(f"tau must be > 0, got {tau}")
     eps(deviation_eps)
 
 
 def eps(value: float) -> None:
-    """ValueError unless eps >= 0."""
+    """Raises unless eps >= 0."""
+    number("eps", value)
     if not value >= 0:
         raise ValueError(f"eps must be >= 0, got {value}")
 
@@ -187,12 +218,11 @@ def autocast(like: Tensor) -> Iterator[Callable[..., list[Tensor]]]:
         return [t.to(dtype) for t in tensors]
 
     dtype = computing_type(like)
-    with torch.autocast(like.device.type, enabled=False):
+    with no_autocast(like):
         yield cast
 
 
-@contextmanager
-def no_autocast(like: Tensor) -> Iterator[None]:
+def no_autocast(like: Tensor) -> AbstractContextManager:
     """Within: autocast is off, so that what is written as float32 is float32."""
-    with torch.autocast(like.device.type, enabled=False):
-        yield
+    kind = like.device.type
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()

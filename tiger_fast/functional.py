@@ -18,7 +18,6 @@ float32 whatever the autocast type. float64 is never cast down.
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from tiger_fast import _checks as check
@@ -96,18 +95,18 @@ def route(
     """
     query = check.activation("query", query, "B N D")
     members = check.experts(experts, query, "query")
-    batch, _, width = query.shape
-    check.positive("D", width)
+    width = query.shape[-1]
+    check.positive("D of query", width)
     check.parameter("base_weight", base_weight, query, (width, width))
     check.parameter("base_bias", base_bias, query, (width,), optional=True)
     check.parameter("u", u, query, (width, "R"))
-    rank = check.between("R", u.shape[1], 256)
+    rank = check.between("R of u", u.shape[1], 256)
     check.parameter("v", v, query, (width, rank))
     check.modulation("scale", scale, query, rank)
-    tasks = check.between("T", scale.shape[-2], 32)
+    tasks = check.between("T of scale", scale.shape[-2], 32)
     check.modulation("shift", shift, query, width)
     if shift.shape[-2] != tasks:
-        raise ValueError(f"shift has {shift.shape[-2]} tasks, scale has {tasks}")
+        raise ValueError(f"shift must have scale's T = {tasks} tasks, got {shift.shape[-2]}")
     implementation = select("route", backend, query.device)
     with check.autocast(query) as cast:
         query, *members = cast(query, *members)
@@ -134,10 +133,11 @@ def leave_one_out(
     members = check.experts(experts)
     batch, tokens, _ = members[0].shape
     check.beside("weights", weights, members[0], (batch, "T", tokens, len(members)))
-    check.between("T", weights.shape[1], 32)
+    check.between("T of weights", weights.shape[1], 32)
+    check.flag("renormalize", renormalize)
     implementation = select("leave_one_out", backend, weights.device)
     with check.autocast(members[0]) as cast:
-        return implementation(cast(*members), weights, bool(renormalize))
+        return implementation(cast(*members), weights, renormalize)
 
 
 def counterfactual_losses(
@@ -174,7 +174,7 @@ def counterfactual_losses(
     batch, tokens, width = members[0].shape
     check.parameter("head_weight", head_weight, members[0], ("C", width))
     sizes = batch, len(members), tokens, head_weight.shape[0]
-    _check_losses(members[0], sizes, weights, head_bias, target, loss, valid)
+    _check_losses(members[0], sizes, weights, head_bias, target, loss, valid, ignore_index)
     implementation = select("counterfactual_losses", backend, weights.device)
     with check.autocast(members[0]) as cast:
         arguments = (cast(*members), weights, head_weight, head_bias, target, loss, valid, ignore_index)
@@ -195,8 +195,8 @@ def counterfactual_losses_from_projections(
     """`counterfactual_losses` from projections (B, M, N, C) = experts @ head_weight.T, which one product can make
     for several heads at once (slices of it along C are taken as they are). TIGER eq. 8."""
     projections = check.activation("projections", projections, "B M N C")
-    check.between("M", projections.shape[1], 16)
-    _check_losses(projections, tuple(projections.shape), weights, head_bias, target, loss, valid)
+    check.between("M of projections", projections.shape[1], 16)
+    _check_losses(projections, tuple(projections.shape), weights, head_bias, target, loss, valid, ignore_index)
     implementation = select("counterfactual_losses_from_projections", backend, weights.device)
     with check.no_autocast(weights):
         return CounterfactualLosses(*implementation(projections, weights, head_bias, target, loss, valid, ignore_index))
@@ -210,12 +210,16 @@ def _check_losses(
     target: Tensor,
     loss: str,
     valid: Tensor | None,
+    ignore_index: int,
 ) -> None:
     # The arguments that both forms share.
     batch, members, tokens, classes = sizes
+    if not isinstance(loss, str):
+        raise TypeError(f"loss must be a string, got {type(loss).__name__}")
     if loss not in TOKEN_LOSSES:
         raise unknown("loss", loss, TOKEN_LOSSES)
-    check.positive("C", classes)
+    check.integer("ignore_index", ignore_index)
+    check.positive("C (the classes)", classes)
     check.beside("weights", weights, like, (batch, tokens, members))
     check.parameter("head_bias", head_bias, like, (classes,), optional=True)
     if loss == "cross_entropy":
@@ -238,7 +242,7 @@ def causal_target(delta: Tensor, *, tau: float = 1.0, eps: float = 1e-6, backend
         p (..., M), float32 (float64 for float64).
     """
     check.floating("delta", delta)
-    check.between("M", check.last("delta", delta), 16)
+    check.between("M of delta", check.last("delta", delta), 16)
     check.temperature(tau, eps)
     implementation = select("causal_target", backend, delta.device)
     with check.no_autocast(delta):
@@ -270,16 +274,15 @@ def alignment_loss(
         A scalar, float32 (float64 if either argument is).
     """
     check.floating("delta", delta)
-    check.between("M", check.last("delta", delta), 16)
-    check.floating("weights", weights)
-    check.shape("weights", weights, tuple(delta.shape))
-    check.device("weights", weights, delta.device, "delta")
+    check.between("M of delta", check.last("delta", delta), 16)
+    check.companion("weights", weights, delta, "delta")
     check.temperature(tau, eps)
+    check.flag("detach_target", detach_target)
     if mask is not None:
         check.broadcastable_mask("mask", mask, delta.shape[:-1], delta.device)
     implementation = select("alignment_loss", backend, delta.device)
     with check.no_autocast(delta):
-        return implementation(delta, weights, float(tau), float(eps), bool(detach_target), mask)
+        return implementation(delta, weights, float(tau), float(eps), detach_target, mask)
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, backend: str | None = None) -> Tensor:
@@ -295,11 +298,10 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, backend:
     """
     q = check.activation("q", q, "B G N D")
     for name, other in (("k", k), ("v", v)):
-        check.tensor(name, other)
-        check.shape(name, other, tuple(q.shape))
+        check.shape(name, check.activation(name, other, "B G N D"), tuple(q.shape))
         check.same_type(name, other, q, "q")
         check.device(name, other, q.device, "q")
-    check.between("G", q.shape[1], 32)
+    check.between("G of q", q.shape[1], 32)
     check.heads(num_heads, q.shape[-1])
     implementation = select("group_attention", backend, q.device)
     with check.autocast(q) as cast:
@@ -310,7 +312,7 @@ def group_attention_packed(qkv: Tensor, num_heads: int, *, backend: str | None =
     """`group_attention` of one tensor (B, G, N, 3 D) that holds q, k and v side by side; its gradient is packed too.
     TIGER sec. 3.4."""
     qkv = check.activation("qkv", qkv, "B G N 3D")
-    check.between("G", qkv.shape[1], 32)
+    check.between("G of qkv", qkv.shape[1], 32)
     if qkv.shape[-1] % 3:
         raise ValueError(f"qkv's last dimension must be 3 D, got {qkv.shape[-1]}")
     check.heads(num_heads, qkv.shape[-1] // 3)
@@ -347,9 +349,9 @@ def adapter(
         (..., D).
     """
     check.floating("x", x)
-    channels = check.positive("C", check.last("x", x))
+    channels = check.positive("C of x", check.last("x", x))
     check.parameter("linear_weight", linear_weight, x, ("D", channels))
-    width = check.positive("D", linear_weight.shape[0])
+    width = check.positive("D of linear_weight", linear_weight.shape[0])
     check.parameter("gate_weight", gate_weight, x, (width, channels))
     for name, value, size in (
         ("norm_in_weight", norm_in_weight, channels),
@@ -392,7 +394,7 @@ def competency_aggregate(
     """
     members = check.experts(experts)
     batch, _, width = members[0].shape
-    check.positive("D", width)
+    check.positive("D of experts", width)
     check.beside("confidence", confidence, members[0], (batch, len(members)))
     check.beside("refined_confidence", refined_confidence, members[0], (batch, len(members)))
     check.parameter("norm_weight", norm_weight, members[0], (width,))
@@ -423,7 +425,7 @@ def confidence_loss(
         backend: see the module.
 
     Returns:
-        A scalar, float32 (float64 for float64).
+        A scalar, float32 (float64 if any argument is).
     """
     values = (confidence, task_loss, refined_confidence, refined_task_loss)
     _check_competency(("confidence", "task_loss", "refined_confidence", "refined_task_loss"), values, eps)
@@ -443,7 +445,7 @@ def improvement_loss(
         backend: see the module.
 
     Returns:
-        A scalar, float32 (float64 for float64).
+        A scalar, float32 (float64 if any argument is).
     """
     _check_competency(("confidence", "refined_confidence"), (confidence, refined_confidence), eps)
     implementation = select("improvement_loss", backend, confidence.device)
@@ -456,9 +458,7 @@ def _check_competency(names: tuple[str, ...], values: tuple[Tensor, ...], eps: f
     check.floating(names[0], first)
     if first.dim() != 2:
         raise ValueError(f"{names[0]} must be (B, M), got {tuple(first.shape)}")
-    check.between("M", first.shape[1], 16)
+    check.between(f"M of {names[0]}", first.shape[1], 16)
     for name, value in zip(names[1:], values[1:], strict=True):
-        check.floating(name, value)
-        check.shape(name, value, tuple(first.shape))
-        check.device(name, value, first.device, names[0])
+        check.companion(name, value, first, names[0])
     check.eps(eps)

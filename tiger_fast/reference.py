@@ -21,6 +21,11 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def _common(*tensors: Tensor) -> torch.dtype:
+    # float64 if any of them is, for float64 may stand beside float32.
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
+
+
 def route(
     query: Tensor,
     experts: Sequence[Tensor],
@@ -34,15 +39,18 @@ def route(
     """TIGER eqs. 4-7: the per-task low-rank query, softmax over experts at every token, weighted mixture."""
     dtype, acc = query.dtype, accumulator(query.dtype)
     features = torch.stack(tuple(experts), dim=1)  # (B, M, N, D)
-    z = query @ u.to(dtype)
+    # Scaled before the products rather than after: a float16 logit may pass 65504 on the way.
+    scaled = query / math.sqrt(query.shape[-1])
+    z = scaled @ u.to(dtype)
     low_rank = (z[:, None] * _per_sample(scale).to(dtype)) @ v.to(dtype).T  # (B, T, N, D)
     bias = _per_sample(shift).to(acc)  # (B or 1, T, 1, D)
     if base_bias is not None:
         bias = bias + base_bias.to(acc)
-    task_query = (query @ base_weight.to(dtype))[:, None] + low_rank + bias.to(dtype)
-    logits = torch.einsum("btnd,bmnd->btnm", task_query, features).to(acc) / math.sqrt(query.shape[-1])
-    weights = logits.softmax(dim=-1)
-    return torch.einsum("btnm,bmnd->btnd", weights.to(dtype), features), weights
+    # The bias is a sum, so float32: beside bfloat16 products the addition promotes.
+    task_query = (scaled @ base_weight.to(dtype))[:, None] + low_rank + bias / math.sqrt(query.shape[-1])
+    logits = torch.einsum("btnd,bmnd->btnm", task_query.to(dtype), features)
+    weights = logits.to(acc).softmax(dim=-1).contiguous()
+    return torch.einsum("btnm,bmnd->btnd", weights.to(dtype), features).contiguous(), weights
 
 
 def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool) -> Tensor:
@@ -94,29 +102,33 @@ def counterfactual_losses_from_projections(
     members = projections.shape[1]
     counted = valid
     if loss == "cross_entropy":
+        target = target.to(torch.int64)  # an int32 comparison would wrap a wider ignore_index
         labelled = target != ignore_index
         counted = labelled if counted is None else counted & labelled
-    weighted = weights.to(acc).transpose(1, 2)[..., None] * projections.to(acc)  # (B, M, N, C)
     if counted is not None:
-        weighted = torch.where(counted[:, None, :, None], weighted, 0)
+        # Both factors and the target: 0 * NaN would carry a token that does not count into the others' gradients.
+        projections = torch.where(counted[:, None, :, None], projections, 0)
+        weights = torch.where(counted[..., None], weights, 0)
+        target = torch.where(counted if target.dim() == 2 else counted[..., None], target, 0)
+    weighted = weights.to(acc).transpose(1, 2)[..., None] * projections.to(acc)  # (B, M, N, C)
     logits = [weighted.sum(dim=1)]
     for others in _others(members, projections.device):
         logits.append(weighted.index_select(1, others).sum(dim=1))
     stacked = torch.stack(logits, dim=1)  # (B, 1 + M, N, C)
     if head_bias is not None:
         stacked = stacked + head_bias.to(acc)
-    if counted is not None:
-        stacked = torch.where(counted[:, None, :, None], stacked, 0)
     losses = TOKEN_LOSSES[loss](stacked, target[:, None])
     if counted is not None:
         losses = torch.where(counted[:, None], losses, 0)
-    return losses[:, 0], losses[:, 1:]
+    # Copies, because outputs share no memory with each other; they are small.
+    dense = torch.contiguous_format
+    return losses[:, 0].clone(memory_format=dense), losses[:, 1:].clone(memory_format=dense)
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     classes = logits.shape[-1]
     outside = (target < 0) | (target >= classes)
-    index = torch.where(outside, 0, target).to(torch.int64).expand(logits.shape[:-1])
+    index = torch.where(outside, 0, target).expand(logits.shape[:-1])
     picked = logits.gather(-1, index[..., None])[..., 0]
     # A class that does not exist makes its token's loss and gradient NaN: loud, and no read out of bounds.
     return (logits.logsumexp(dim=-1) - picked) * torch.where(outside, math.nan, 1.0).to(logits.dtype)
@@ -163,14 +175,14 @@ def normalize_differences(delta: Tensor, eps: float = 1e-6) -> Tensor:
 
 def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
     """TIGER eq. 10: a softmax over experts, at temperature tau, of the normalised differences."""
-    return (normalize_differences(delta, eps) / tau).softmax(dim=-1)
+    return (normalize_differences(delta, eps) / tau).softmax(dim=-1).contiguous()
 
 
 def alignment_loss(
     delta: Tensor, weights: Tensor, tau: float, eps: float, detach_target: bool, mask: Tensor | None
 ) -> Tensor:
     """TIGER eqs. 9-13: mean Jensen-Shannon divergence between the causal target and the routing weights."""
-    acc = torch.promote_types(accumulator(delta.dtype), accumulator(weights.dtype))
+    acc = _common(delta, weights)
     if detach_target:
         delta = delta.detach()
     delta, weights = delta.to(acc), weights.to(acc)
@@ -186,25 +198,28 @@ def alignment_loss(
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
     """TIGER eq. 12, a row each: 1/2 KL(p || m) + 1/2 KL(q || m) with m = (p + q) / 2, in nats, (..., M) -> (...)."""
-    present = (p > 0) | (q > 0)
-    middle = torch.where(present, (p + q) / 2, 1)
-    return torch.where(present, _relative(p, middle) + _relative(q, middle), 0).sum(dim=-1) / 2
+    absent = (p == 0) & (q == 0)
+    # 2 m rather than m, which rounds to 0 where p = 0 and q is the smallest subnormal.
+    double = torch.where(absent, 1, p + q)
+    return torch.where(absent, 0, _relative(p, double) + _relative(q, double)).sum(dim=-1) / 2
 
 
-def _relative(a: Tensor, middle: Tensor) -> Tensor:
-    # a log(a / m). Below TINY the clamp cuts a's own derivative, 1, out of the product rule: put it back, so that
-    # the gradient is log(max(a, TINY) / m) everywhere. The value changes by less than TINY.
-    return a * (a.clamp(min=TINY) / middle).log() + torch.where(a < TINY, a, 0)
+def _relative(a: Tensor, double: Tensor) -> Tensor:
+    # a log(a / m), given 2 m; a difference of logarithms, for a quotient's derivative overflows where m is subnormal.
+    # Below TINY the clamp cuts a's own derivative, 1, out of the product rule: put it back, so that the gradient is
+    # log(max(a, TINY) / m) everywhere. The value changes by less than TINY.
+    return a * ((2 * a.clamp(min=TINY)).log() - double.log()) + torch.where(a < TINY, a, 0)
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """TIGER sec. 3.4 at every token on its own: the G members attend to each other, (B, G, N, D)."""
     batch, members, tokens, width = q.shape
     heads = (batch, members, tokens, num_heads, width // num_heads)
-    q, k, v = q.reshape(heads), k.reshape(heads), v.reshape(heads)
-    scores = torch.einsum("bgnhd,bknhd->bnhgk", q, k).to(accumulator(q.dtype)) / math.sqrt(heads[-1])
+    # Scaled before the product rather than after: a float16 score may pass 65504 on the way.
+    q, k, v = (q / math.sqrt(heads[-1])).reshape(heads), k.reshape(heads), v.reshape(heads)
+    scores = torch.einsum("bgnhd,bknhd->bnhgk", q, k).to(accumulator(q.dtype))
     mixed = torch.einsum("bnhgk,bknhd->bgnhd", scores.softmax(dim=-1).to(q.dtype), v)
-    return mixed.reshape(batch, members, tokens, width)
+    return mixed.reshape(batch, members, tokens, width).contiguous()
 
 
 def group_attention_packed(qkv: Tensor, num_heads: int) -> Tensor:
@@ -242,7 +257,7 @@ def competency_aggregate(
 ) -> tuple[Tensor, Tensor]:
     """TAVER eqs. 2-3: softmax over experts of the summed confidences, weighted sum, LayerNorm."""
     dtype, acc = experts[0].dtype, accumulator(experts[0].dtype)
-    weights = (confidence.to(acc) + refined_confidence.to(acc)).softmax(dim=-1)
+    weights = (confidence.to(acc) + refined_confidence.to(acc)).softmax(dim=-1).contiguous()
     mixed = torch.einsum("bm,bmnd->bnd", weights.to(dtype), torch.stack(tuple(experts), dim=1))
     return _layer_norm(mixed, norm_weight, norm_bias, eps), weights
 
@@ -251,9 +266,9 @@ def confidence_loss(
     confidence: Tensor, task_loss: Tensor, refined_confidence: Tensor, refined_task_loss: Tensor, eps: float
 ) -> Tensor:
     """TAVER eqs. 4-5: confidence times task loss plus -log confidence, over experts before and after refinement."""
+    acc = _common(confidence, task_loss, refined_confidence, refined_task_loss)
 
     def one(c: Tensor, loss: Tensor) -> Tensor:
-        acc = accumulator(c.dtype)
         return (c.to(acc) * loss.to(acc) - (c.to(acc) + eps).log()) / 2
 
     both = one(confidence, task_loss) + one(refined_confidence, refined_task_loss)
@@ -262,7 +277,7 @@ def confidence_loss(
 
 def improvement_loss(confidence: Tensor, refined_confidence: Tensor, eps: float) -> Tensor:
     """TAVER eqs. 6-7: log of confidence before over confidence after refinement."""
-    acc = accumulator(confidence.dtype)
+    acc = _common(confidence, refined_confidence)
     ratio = (confidence.to(acc) / (refined_confidence.to(acc) + eps)).log()
     return ratio.sum() / max(ratio.numel(), 1)
 

@@ -63,7 +63,10 @@ class CachedSamples(Dataset):
 def _pack(name: str, value: Tensor) -> Tensor:
     if name not in _BYTES:
         return value
-    return (value * 255).round().to(torch.uint8) if name == "image" else value.to(torch.uint8)
+    packed = (value * 255).round().to(torch.uint8) if name == "image" else value.to(torch.uint8)
+    if not torch.equal(_unpack(name, packed), value):
+        raise ValueError(f"{name!r} does not fit bytes: images go in steps of 1/255, labels are whole numbers to 255")
+    return packed
 
 
 def _unpack(name: str, value: Tensor) -> Tensor:

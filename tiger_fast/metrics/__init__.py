@@ -11,7 +11,8 @@ dtypes TypeError.
 from tiger_fast.metrics.boundaries import BoundaryF
 from tiger_fast.metrics.depth import DepthRMSE
 from tiger_fast.metrics.normals import NormalsAngularError
+from tiger_fast.metrics.routing import RoutingStatistics
 from tiger_fast.metrics.saliency import SaliencyMaxF
 from tiger_fast.metrics.segmentation import SegmentationIoU
 
-__all__ = ["BoundaryF", "DepthRMSE", "NormalsAngularError", "SaliencyMaxF", "SegmentationIoU"]
+__all__ = ["BoundaryF", "DepthRMSE", "NormalsAngularError", "RoutingStatistics", "SaliencyMaxF", "SegmentationIoU"]

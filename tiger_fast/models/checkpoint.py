@@ -54,7 +54,7 @@ def read_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[s
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{path} is not a readable .safetensors file (cut off or corrupt?): {error}") from error
-    if header.get("format") != _FORMAT:
+    if header.get("format") != _FORMAT or not {"version", "kind", "metadata"} <= header.keys():
         raise ValueError(f"{path} is a .safetensors file, but not one that tiger_fast wrote")
     if int(header["version"]) > _VERSION:
         raise ValueError(f"{path} has format version {header['version']}; this tiger_fast reads up to {_VERSION}")

@@ -20,7 +20,9 @@ class CounterfactualSettings:
         tau: temperature of eq. 10.
         eps: of eq. 9.
         mode: "decode" decodes what is left (exact); "linear" uses a linear token head per task; "first_order" the
-            gradient that the backward pass has anyway.
+            gradient that the backward pass has anyway. The cheaper two are rough: on a tiger-tiny trained for 50 steps
+            on scenes their order of the experts at a token had a rank correlation with "decode"'s of .12 to .46
+            ("linear") and .10 to .19 ("first_order"), by task.
         removal: "mixture", from the mixture of all tasks at once, M decodes; "task", from one task's at a time, T M
             decodes; "input", the expert is absent from the start, M forward passes. The last two in "decode" mode only.
         every: take the step every so many training steps.

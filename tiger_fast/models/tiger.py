@@ -88,6 +88,8 @@ class TIGER(nn.Module):
         for kind, names in (("task", self.task_names), ("expert", self.expert_names)):
             if not names or len(set(names)) != len(names):
                 raise ValueError(f"{kind}s must be at least one, each with a name of its own, got {names}")
+        if embeddings is not None and embeddings.shape[:1] != (len(self.tasks),):
+            raise ValueError(f"embeddings must be ({len(self.tasks)}, E), one per task, got {tuple(embeddings.shape)}")
         self.experts = nn.ModuleList(e for e in experts if isinstance(e, nn.Module))
         self.experts.requires_grad_(False).eval()
         self._keep_experts_out_of_state()
@@ -452,6 +454,12 @@ class TIGER(nn.Module):
         return torch.stack([losses - full.values for losses in without], dim=-1)
 
     # -- housekeeping ------------------------------------------------------------------------------------------------
+
+    def train(self, mode: bool = True) -> Self:
+        """Training or evaluation mode, for all but the frozen experts: theirs is evaluation, always."""
+        super().train(mode)
+        self.experts.eval()
+        return self
 
     def trainable_parameters(self) -> dict[str, int]:
         """Number of trainable parameters of each part, and their sum under "total"."""

@@ -40,7 +40,8 @@ class CounterfactualLoss(nn.Module):
 
     Args:
         decode: tokens (B, T, N, D) -> predictions of any kind. An nn.Module, or a method of one, has its BatchNorm
-            layers protected.
+            layers protected. Dropout draws afresh at every decode, which is noise in the differences: leave it out,
+            or decode in eval mode.
         loss: (predictions, target) -> per-token losses (B, T, N), or `TokenLosses` with the tokens that count.
         tau: temperature of eq. 10.
         eps: of eq. 9.
@@ -48,8 +49,9 @@ class CounterfactualLoss(nn.Module):
         renormalize: the others' weights add up to 1 again. The paper masks: False.
         sampled: number of experts, drawn at random at each call, that are taken out; the routing weights are then
             compared within those. None: all.
-        batched: decode all removals as one batch, the target repeated along dimension 0; None: only on a GPU, since
-            on a CPU the loop was 1.6 times faster (and needs M times less memory).
+        batched: with removal "all", decode all removals as one batch, the target repeated along dimension 0; None:
+            only on a GPU, since on a CPU the loop was 1.6 times faster (and needs M times less memory), and only
+            where no BatchNorm of the decoder would normalise by that larger batch.
         backend: forced for the kernels; None chooses by device.
 
     Raises:
@@ -125,7 +127,7 @@ class CounterfactualLoss(nn.Module):
         chosen: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Eq. 8 without the alignment: (delta (B, T, N, len(chosen)), valid (B, T, N) or None)."""
-        with _statistics_kept(self._decode[0]):
+        with _statistics_kept(self._decode[0]) as by_batch:
             mixtures = functional.leave_one_out(
                 experts, weights, renormalize=self.renormalize, backend=self.backend
             )  # (B, T, M, N, D)
@@ -135,7 +137,8 @@ class CounterfactualLoss(nn.Module):
                 present = self._mixture(experts, weights)
             full = _as_token_losses(self._token_losses(present, target) if full is None else full)
             if self.removal == "all":
-                without = self._without_for_all(mixtures, chosen, target)
+                batched = mixtures.is_cuda and not by_batch if self.batched is None else self.batched
+                without = self._without_for_all(mixtures, chosen, target, batched)
             else:
                 without = self._without_for_each(mixtures, present, chosen, target)
             return torch.stack([losses - full.values for losses in without], dim=-1), full.valid
@@ -148,8 +151,7 @@ class CounterfactualLoss(nn.Module):
         stacked = experts if isinstance(experts, Tensor) else torch.stack(tuple(experts), dim=1)
         return torch.einsum("btnm,bmnd->btnd", weights.to(stacked.dtype), stacked)
 
-    def _without_for_all(self, mixtures: Tensor, chosen: Sequence[int], target: Any) -> list[Tensor]:
-        batched = mixtures.is_cuda if self.batched is None else self.batched
+    def _without_for_all(self, mixtures: Tensor, chosen: Sequence[int], target: Any, batched: bool) -> list[Tensor]:
         if not batched:
             return [self._token_losses(mixtures[:, :, k], target).values for k in chosen]
         tokens = torch.cat([mixtures[:, :, k] for k in chosen])
@@ -173,15 +175,17 @@ def _as_token_losses(losses: Tensor | TokenLosses) -> TokenLosses:
 
 
 @contextmanager
-def _statistics_kept(decode: Callable) -> Iterator[None]:
-    # A BatchNorm that does not track normalises by the batch, as in training, and updates nothing.
+def _statistics_kept(decode: Callable) -> Iterator[bool]:
+    # A BatchNorm that does not track normalises by the batch, as in training, and updates nothing. Yields whether one
+    # of them normalises by the batch, so that a token's loss depends on what else is in it.
     owner = decode if isinstance(decode, nn.Module) else getattr(decode, "__self__", None)
     layers = owner.modules() if isinstance(owner, nn.Module) else ()
-    tracking = [m for m in layers if isinstance(m, _BatchNorm) and m.training and m.track_running_stats]
+    by_batch = [m for m in layers if isinstance(m, _BatchNorm) and (m.training or m.running_mean is None)]
+    tracking = [m for m in by_batch if m.track_running_stats]
     for layer in tracking:
         layer.track_running_stats = False
     try:
-        yield
+        yield bool(by_batch)
     finally:
         for layer in tracking:
             layer.track_running_stats = True
@@ -313,10 +317,10 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, tokens_gradient, scalar_gradient):
         weights, experts = ctx.saved_tensors
         record, owner = ctx.record, ctx.owner
-        slopes = torch.einsum("btnd,bmnd->btnm", tokens_gradient.to(experts.dtype), experts).float()
+        slopes = torch.einsum("btnd,bmnd->btnm", tokens_gradient.to(experts.dtype), experts).to(weights.dtype)
         # The losses are means over the batch's tokens: times their number, so that delta is a token's own rise and
         # eps of eq. 9 stays small beside it. A loss scale cancels in eq. 9 as far as eps allows.
-        delta = -weights.float() * slopes * weights[:, 0, :, 0].numel()
+        delta = -weights * slopes * weights[:, 0, :, 0].numel()
         with torch.enable_grad():
             leaf = weights.detach().requires_grad_()
             loss = functional.alignment_loss(

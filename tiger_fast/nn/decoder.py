@@ -100,8 +100,16 @@ class SharedDecoder(nn.Module):
 
         Returns:
             T logits (B, C_t, rows * patch_size, columns * patch_size).
+
+        Raises:
+            ValueError: if tokens, task and heads are not of as many tasks, or the grid is not of N tokens.
         """
-        tasks = tokens.shape[1]
+        tasks = len(self.heads)
+        if tokens.dim() != 4 or tokens.shape[1] != tasks or task.shape[-2:-1] != (tasks,):
+            shapes = f"{tuple(tokens.shape)} and {tuple(task.shape)}"
+            raise ValueError(f"tokens must be (B, {tasks}, N, D) and task ({tasks}, E), got {shapes}")
+        if grid[0] * grid[1] != tokens.shape[2]:
+            raise ValueError(f"grid {tuple(grid)} is not of the {tokens.shape[2]} tokens")
         x = tokens.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
         for level, stage in enumerate(self.stages):
             if level:

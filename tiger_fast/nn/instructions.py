@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
+from tiger_fast import _checks as check
 from tiger_fast._extras import require
 
 # all-MiniLM-L6-v2 (384 wide) as a package that carries its weights: real Sentence-BERT with no download.
@@ -52,11 +53,14 @@ class TaskInstructionEncoder(nn.Module):
     Args:
         embeddings: t_0, (T, E), from `encode_instructions`.
         learnable: leave t_0 out and learn p alone, drawn from N(0, 1) (the learnable task embeddings of Table 4).
+
+    Raises:
+        TypeError, ValueError: for embeddings that are not a floating tensor (T, E).
     """
 
     def __init__(self, embeddings: Tensor, *, learnable: bool = False) -> None:
         super().__init__()
-        if embeddings.dim() != 2 or not embeddings.is_floating_point():
+        if check.tensor("embeddings", embeddings).dim() != 2 or not embeddings.is_floating_point():
             raise ValueError(f"embeddings must be floating (T, E), got {embeddings.dtype} {tuple(embeddings.shape)}")
         self.learnable = learnable
         self.prompt = nn.Parameter(torch.empty(embeddings.shape))

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from tiger_fast import _checks as check
 from tiger_fast import functional
 from tiger_fast.functional import Routed
 
@@ -16,9 +17,9 @@ class Router(nn.Module):
 
     Initialisation. With unit-variance queries and experts, the base term and the low-rank term each give logits of
     standard deviation about 0.1: weights are near uniform, so that no expert starts ahead, but differ from expert
-    to expert and token to token, so that nothing is tied and every gradient is alive. g starts at 1 plus a small
-    function of the task, not at 0: U diag(g) V^T then carries gradient to U, V and g for every task from the first
-    step. h starts at 0.
+    to expert and token to token, so that nothing is tied. g starts at 1 plus a small function of the task, not at 0:
+    U diag(g) V^T then carries gradient to U, V and g for every task from the first step. h starts at 0 by its last
+    layer's weights, so its first layer gets its first gradient at the second step.
 
     Args:
         dim: D, the width of query and experts.
@@ -92,10 +93,10 @@ class Router(nn.Module):
         Raises:
             ValueError, TypeError: as `tiger_fast.functional.route`; also for another number of experts than M.
         """
-        members = experts.shape[1] if isinstance(experts, Tensor) and experts.dim() > 1 else len(experts)
-        if members != self.num_experts:
+        members = _members(experts)
+        if members not in (None, self.num_experts):
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
-        if task.dim() not in (2, 3) or task.shape[-1] != self.task_dim:
+        if check.tensor("task", task).dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
         return self.mix(query, experts, task)
 
@@ -139,6 +140,13 @@ class Router(nn.Module):
 
 def _mlp(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(inputs, hidden), nn.GELU(), nn.Linear(hidden, outputs))
+
+
+def _members(experts: Sequence[Tensor] | Tensor) -> int | None:
+    # None for what is neither a sequence nor (B, M, N, D): `route` refuses it and says why.
+    if isinstance(experts, Tensor):
+        return experts.shape[1] if experts.dim() == 4 else None
+    return len(experts) if isinstance(experts, Sequence) else None
 
 
 def _to_tokens(feature_map: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from tiger_fast._extras import require
 from tiger_fast.data import HELDOUT_OFFSET, TRAIN_OFFSET, CachedSamples, Scenes
 from tiger_fast.experts import load_specialists
-from tiger_fast.metrics.routing import RoutingStatistics
+from tiger_fast.metrics import RoutingStatistics
 from tiger_fast.models import TIGER
 from tiger_fast.training.infer import fit_image
 from tiger_fast.viz import curves_figure, predictions_figure, routing_figure
@@ -40,9 +40,9 @@ class Run:
 def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIGER]]]:
     """The demo's models by name: TIGER, the twin, and the controls, which mix without routing.
 
-    A control is the same task-conditioned decoder with the same task interaction, on one specialist or on the plain
-    mean of all. Its projections are widened until it has at least TIGER's trainable parameters: a win of TIGER's is
-    then no matter of capacity.
+    A control is the same task-conditioned decoder on one specialist or on the plain mean of all. All its tasks share
+    their tokens, so that no interaction could tell them apart. Its projections are widened until it has at least
+    TIGER's trainable parameters: a win of TIGER's is then no matter of capacity.
     """
 
     def tiger(**changes: Any) -> TIGER:
@@ -50,7 +50,8 @@ def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIG
 
     def control(members: Sequence[Any]) -> TIGER:
         def build(hidden: int) -> TIGER:
-            plain = {"routing": "mean", "expert_interaction": False, "counterfactual": {"weight": 0.0}}
+            plain = {"routing": "mean", "expert_interaction": False, "task_interaction": False}
+            plain |= {"counterfactual": {"weight": 0.0}}
             return TIGER.from_preset(PRESET, experts=members, hidden=hidden, **plain)
 
         wanted = tiger().trainable_parameters()["total"]
@@ -120,15 +121,16 @@ def evaluate(model: TIGER, data: CachedSamples, experts: Sequence[Any]) -> dict[
 @torch.no_grad()
 def routing_statistics(
     model: TIGER, data: CachedSamples, experts: Sequence[Any], removal: str = "mixture"
-) -> RoutingStatistics:
+) -> dict[str, Tensor]:
     """Routing weights against counterfactual differences on held-out scenes."""
-    statistics = RoutingStatistics(model.settings.counterfactual.tau, model.settings.counterfactual.eps)
+    cf = model.settings.counterfactual
+    statistics = RoutingStatistics(len(model.tasks), len(model.expert_specs), tau=cf.tau, eps=cf.eps)
     for batch in batches(data, 20):
         features = _features(model, batch, experts)
         delta, valid = model.differences(batch, batch["image"], features=features, removal=removal)
         _, routed = model.route(batch["image"], features)
         statistics.update(routed.weights, delta, valid)
-    return statistics
+    return statistics.compute()
 
 
 def make_report(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any], seed: int) -> dict[str, Any]:
@@ -152,14 +154,14 @@ def make_report(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any
         },
         "controls": {name: runs[name].scores for name in runs if name not in KEYS.values()},
         "without": runs["without"].scores,
-        "routing": table(found["with"].weights()),
-        "causal": table(found["with"].differences()),
-        "causal_input": table(at_input.differences()),
-        "agreement": {name: statistics.agreement() for name, statistics in found.items()},
-        "agreement_input": at_input.agreement(),
-        "divergence": {name: statistics.divergence() for name, statistics in found.items()}
-        | {"uniform": found["with"].divergence(of_uniform=True)},
-        "entropy": {name: statistics.entropy() for name, statistics in found.items()},
+        "routing": table(found["with"]["weights"]),
+        "causal": table(found["with"]["differences"]),
+        "causal_input": table(at_input["differences"]),
+        "agreement": {name: float(figures["agreement"]) for name, figures in found.items()},
+        "agreement_input": float(at_input["agreement"]),
+        "divergence": {name: float(figures["divergence"]) for name, figures in found.items()}
+        | {"uniform": float(found["with"]["divergence_of_uniform"])},
+        "entropy": {name: float(figures["entropy"].mean()) for name, figures in found.items()},
         "parameters": {name: run.model.trainable_parameters()["total"] for name, run in runs.items()},
         "training_seconds": {name: run.seconds for name, run in runs.items()},
         "seed": seed,
@@ -257,7 +259,7 @@ def parser() -> argparse.ArgumentParser:
     """Options of the demo."""
     options = argparse.ArgumentParser(prog="python -m tiger_fast demo", description=__doc__)
     options.add_argument("--seed", type=int, default=0, help="of initialisation and batches")
-    options.add_argument("--steps", type=int, default=500, help="training steps of every model")
+    options.add_argument("--steps", type=int, default=400, help="training steps of every model")
     options.add_argument("--scenes", type=int, default=2000, help="training scenes")
     options.add_argument("--held-out", type=int, default=200, help="scenes for evaluation")
     options.add_argument("--batch-size", type=int, default=8)

@@ -167,7 +167,7 @@ def save_specialist(expert: Expert, folder: Path) -> Path:
     path = folder / f"{expert.name}.safetensors"
     buffers = dict(expert.backbone.named_buffers())
     state = {key: value if key in buffers else value.half() for key, value in expert.backbone.state_dict().items()}
-    safetensors.save_file(state, path)
+    path.write_bytes(safetensors.save(state))
     return path
 
 

@@ -75,7 +75,7 @@ def _drawn(name: str, value: Tensor) -> dict[str, Any]:
 def predictions_figure(
     images: Tensor, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor] | None = None
 ) -> Any:
-    """Predictions beside the ground truth: a row per image, one or two columns per task.
+    """Predictions beside the ground truth: a row per image, one or two columns per task; ignored pixels are red.
 
     Args:
         images: (B, 3, H, W) in [0, 1].
@@ -92,6 +92,7 @@ def predictions_figure(
         axes[row, 0].imshow(_pixels(image))
         for column, (name, label, source) in enumerate(columns, start=1):
             axes[row, column].imshow(**_drawn(name, source[name][row]))
+            axes[row, column].set_facecolor("tab:red")  # shows where a label is to be ignored
             if row == 0:
                 axes[row, column].set_title(f"{name}\n{label}", fontsize=8)
     return figure

@@ -1,0 +1,139 @@
+"""The choice of a backend: argument before context before environment before device, and what show_config lists."""
+
+import threading
+
+import pytest
+import torch
+from helpers import FUNCTIONS, PLAIN, call, make
+
+import tiger_fast
+from tiger_fast.ops import BACKENDS, backends
+
+ABSENT = [name for name in BACKENDS if name not in tiger_fast.available_backends()]
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def second(monkeypatch):
+    """A made-up installation: "cpu" exists and has one native function, which tells that it ran."""
+    ran = []
+
+    def route(*arguments):
+        ran.append("route")
+        return tiger_fast.reference.route(*arguments)
+
+    monkeypatch.setitem(backends._NATIVE, "cpu", {"route": route})
+    monkeypatch.delenv("TIGER_FAST_BACKEND", raising=False)
+    return ran
+
+
+def test_the_argument_goes_before_the_context_before_the_environment(second, monkeypatch):
+    assert backends.resolve(None, CPU) == "cpu"
+    monkeypatch.setenv("TIGER_FAST_BACKEND", "reference")
+    assert backends.resolve(None, CPU) == "reference"
+    with tiger_fast.use_backend("cpu"):
+        assert backends.resolve(None, CPU) == "cpu"
+        assert backends.resolve("reference", CPU) == "reference"
+        with tiger_fast.use_backend("reference"):
+            assert backends.resolve(None, CPU) == "reference"
+            assert backends.resolve("cpu", CPU) == "cpu"
+        assert backends.resolve(None, CPU) == "cpu"
+    assert backends.resolve(None, CPU) == "reference"
+
+
+def test_an_empty_environment_variable_is_none_at_all(second, monkeypatch):
+    monkeypatch.setenv("TIGER_FAST_BACKEND", "")
+    assert backends.resolve(None, CPU) == "cpu"
+
+
+def test_a_device_without_a_backend_of_its_own_runs_the_reference(second):
+    assert backends.resolve(None, torch.device("meta")) == "reference"
+    assert backends.resolve(None, torch.device("mps")) == "reference"
+
+
+def test_the_chosen_backend_is_what_runs(second):
+    expected = call("route", make("route"), backend="reference")
+    assert not second
+    for run in (lambda: call("route", make("route")), lambda: call("route", make("route"), backend="cpu")):
+        assert all(torch.equal(a, b) for a, b in zip(run(), expected, strict=True))
+        assert second.pop() == "route"
+
+
+@pytest.mark.parametrize("function", [name for name in FUNCTIONS if name != "route"])
+def test_what_a_backend_does_not_fuse_runs_the_reference_under_its_name(second, function):
+    arguments = make(PLAIN[function])
+    for a, b in zip(call(function, arguments, backend="cpu"), call(function, arguments), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_context_ends_with_an_error_too(second):
+    with pytest.raises(RuntimeError), tiger_fast.use_backend("reference"):
+        raise RuntimeError
+    assert backends.resolve(None, CPU) == "cpu"
+
+
+def test_the_context_holds_in_other_threads(second):
+    # Backward passes and data loaders run in threads of their own.
+    found = []
+    with tiger_fast.use_backend("reference"):
+        thread = threading.Thread(target=lambda: found.append(backends.resolve(None, CPU)))
+        thread.start()
+        thread.join()
+    assert found == ["reference"]
+
+
+@pytest.mark.parametrize("typo", ["referense", "Reference", "tritn", "cuda"])
+def test_unknown_names_are_refused_with_the_nearest(typo, monkeypatch):
+    near = {"referense": "reference", "Reference": "reference", "tritn": "triton"}.get(typo)
+
+    def check(message: str, source: str) -> None:
+        assert source in message and repr(typo) in message
+        assert all(name in message for name in BACKENDS)
+        assert near is None or f"did you mean {near!r}?" in message
+
+    with pytest.raises(ValueError) as caught:
+        call("causal_target", make("causal_target"), backend=typo)
+    check(str(caught.value), "backend=")
+    with pytest.raises(ValueError) as caught, tiger_fast.use_backend(typo):
+        pass
+    check(str(caught.value), "use_backend")
+    monkeypatch.setenv("TIGER_FAST_BACKEND", typo)
+    with pytest.raises(ValueError) as caught:
+        call("causal_target", make("causal_target"))
+    check(str(caught.value), "TIGER_FAST_BACKEND")
+    call("causal_target", make("causal_target"), backend="reference")  # the argument goes first
+
+
+def test_backends_that_cannot_run_here_are_refused_by_name(monkeypatch):
+    monkeypatch.delitem(backends._NATIVE, "triton", raising=False)
+    with pytest.raises(ValueError, match=r"backend=.*'triton'.*available here: reference"):
+        call("causal_target", make("causal_target"), backend="triton")
+    with pytest.raises(ValueError, match=r"use_backend.*'triton'"), tiger_fast.use_backend("triton"):
+        pass
+    monkeypatch.setenv("TIGER_FAST_BACKEND", "triton")
+    with pytest.raises(ValueError, match=r"TIGER_FAST_BACKEND.*'triton'"):
+        call("causal_target", make("causal_target"))
+
+
+def test_show_config_lists_every_function_and_backend(second):
+    lines = tiger_fast.show_config().splitlines()
+    assert tiger_fast.__version__ in lines[0] and torch.__version__ in lines[0]
+    header = lines[1].split()
+    assert header == list(tiger_fast.available_backends())
+    table = {line.split()[0]: line.split()[1:] for line in lines[2 : 2 + len(FUNCTIONS)]}
+    assert set(table) == set(FUNCTIONS) == set(backends.OPS)
+    column = header.index("cpu")
+    assert [name for name in FUNCTIONS if table[name][column] == "native"] == ["route"]
+    assert all(row[header.index("reference")] == "reference" for row in table.values())
+
+
+def test_show_config_says_what_is_absent():
+    text = tiger_fast.show_config()
+    assert all(name in text for name in BACKENDS)
+    assert ("not in this installation" in text) == bool(ABSENT)
+
+
+def test_reference_is_always_available():
+    assert "reference" in tiger_fast.available_backends()
+    assert set(tiger_fast.available_backends()) <= set(BACKENDS)
+    assert set(backends._NATIVE["reference"]) == set(FUNCTIONS)

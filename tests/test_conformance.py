@@ -1,0 +1,99 @@
+"""The conformance vectors: values and gradients of an independent implementation, written from the papers alone."""
+
+import json
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from helpers import FUNCTIONS, relative_error
+
+import tiger_fast
+from tiger_fast import functional
+
+VECTORS = sorted(Path(__file__).with_name("conformance").glob("*.npz"))
+# What tests/conformance/README.md calls agreement.
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 2e-5}
+GRADIENT_FACTOR = 20
+OPTIONAL = {
+    "route": ("base_bias",),
+    "counterfactual_losses": ("head_bias",),
+    "counterfactual_losses_from_projections": ("head_bias",),
+}
+
+
+def function_of(path: Path) -> str:
+    return path.stem.rpartition("_")[0]
+
+
+def load(path: Path, dtype: torch.dtype) -> tuple[dict, dict, dict]:
+    stored = numpy.load(path)
+    keywords = json.loads(str(stored["attrs"]))
+    arrays = {key: torch.from_numpy(stored[key]) for key in stored.files if key != "attrs"}
+    arrays = {key: value.to(dtype) if value.is_floating_point() else value for key, value in arrays.items()}
+    inputs = {key.removeprefix("in_"): value for key, value in arrays.items() if key.startswith("in_")}
+    for name in OPTIONAL.get(function_of(path), ()):
+        inputs.setdefault(name, None)
+    return inputs, keywords, arrays
+
+
+def test_every_function_with_vectors_exists():
+    covered = {function_of(path) for path in VECTORS}
+    assert len(VECTORS) >= 20
+    assert covered <= set(FUNCTIONS)
+    assert set(FUNCTIONS) - covered <= {"group_attention_packed", "counterfactual_losses_from_projections"}
+
+
+@pytest.mark.parametrize("backend", tiger_fast.available_backends())
+@pytest.mark.parametrize("listed", [False, True], ids=["stacked", "listed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+@pytest.mark.parametrize("path", VECTORS, ids=lambda path: path.stem)
+def test_values_and_gradients_agree(path, dtype, listed, backend):
+    inputs, keywords, stored = load(path, dtype)
+    if listed and "experts" not in inputs:
+        listed = False
+    wanted = {k: v.requires_grad_() for k, v in inputs.items() if v is not None and v.is_floating_point()}
+    arguments = inputs | ({"experts": inputs["experts"].unbind(1)} if listed else {})
+    result = getattr(functional, function_of(path))(**arguments, **keywords, backend=backend)
+    names = [key.removeprefix("out_") for key in stored if key.startswith("out_")]
+    outputs = dict(zip(names, (result,), strict=True)) if len(names) == 1 else result._asdict()
+    assert set(outputs) == set(names)
+    for name, value in outputs.items():
+        assert relative_error(value, stored[f"out_{name}"]) <= TOLERANCE[dtype], name
+
+    cotangents = [stored[f"cot_{name}"] for name in outputs]
+    found = torch.autograd.grad(list(outputs.values()), list(wanted.values()), cotangents, allow_unused=True)
+    found = dict(zip(wanted, found, strict=True))
+    expected = {key.removeprefix("grad_"): value for key, value in stored.items() if key.startswith("grad_")}
+    assert expected and set(expected) <= set(found)
+    for name, value in expected.items():
+        gradient = torch.zeros_like(value) if found[name] is None else found[name]
+        assert relative_error(gradient, value) <= GRADIENT_FACTOR * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in VECTORS if function_of(p) == "group_attention"], ids=lambda path: path.stem
+)
+def test_packed_attention_agrees_with_the_vectors(path):
+    inputs, keywords, stored = load(path, torch.float64)
+    qkv = torch.cat([inputs["q"], inputs["k"], inputs["v"]], dim=-1).requires_grad_()
+    out = functional.group_attention_packed(qkv, **keywords)
+    assert relative_error(out, stored["out_out"]) <= 1e-9
+    (gradient,) = torch.autograd.grad(out, qkv, stored["cot_out"])
+    expected = torch.cat([stored[f"grad_{name}"] for name in "qkv"], dim=-1)
+    assert relative_error(gradient, expected) <= 20e-9
+
+
+@pytest.mark.parametrize(
+    "path", [p for p in VECTORS if function_of(p) == "counterfactual_losses"], ids=lambda path: path.stem
+)
+def test_losses_from_projections_agree_with_the_vectors(path):
+    inputs, keywords, stored = load(path, torch.float64)
+    inputs = {k: v.requires_grad_() if v is not None and v.is_floating_point() else v for k, v in inputs.items()}
+    head_weight = inputs.pop("head_weight")
+    projections = inputs.pop("experts") @ head_weight.T
+    result = functional.counterfactual_losses_from_projections(projections, **inputs, **keywords)
+    for name, value in result._asdict().items():
+        assert relative_error(value, stored[f"out_{name}"]) <= 1e-9, name
+    (gradient,) = torch.autograd.grad(result, head_weight, [stored["cot_full"], stored["cot_without"]])
+    assert relative_error(gradient, stored["grad_head_weight"]) <= 20e-9
