@@ -184,12 +184,13 @@ def test_validation_scores_are_those_of_the_whole_set():
         metric.update(output.predictions[task.name], batch[task.name])
         assert scores[f"val/{task.name}"] == pytest.approx(float(metric.compute()), rel=1e-5)
         assert by_two[f"val/{task.name}"] == pytest.approx(scores[f"val/{task.name}"], rel=1e-5)
-    statistics = RoutingStatistics()
+    statistics = RoutingStatistics(5, 2)
     delta, valid = model.differences(batch, batch["image"], features=batch["features"])
     statistics.update(output.weights, delta, valid)
-    assert scores["val/routing/divergence"] == pytest.approx(statistics.divergence(), rel=1e-5)
-    shares = output.weights.mean(dim=(0, 2))
-    assert scores["val/routing/depth/geometry"] == pytest.approx(float(shares[1, 0]), rel=1e-5)
+    figures = statistics.compute()
+    assert scores["val/routing/divergence"] == pytest.approx(float(figures["divergence"]), rel=1e-5)
+    assert scores["val/routing/depth/geometry"] == pytest.approx(float(figures["weights"][1, 0]), rel=1e-5)
+    assert scores["val/routing/entropy/depth"] == pytest.approx(float(figures["entropy"][1]), rel=1e-5)
 
 
 def test_draws_of_a_step_depend_on_seed_and_step_alone():
@@ -235,6 +236,14 @@ def test_collapse_is_told_from_health():
     # Each task on an expert of its own is what routing is for.
     assert collapse(torch.eye(4), torch.full((4,), 0.5), names) is None
     assert collapse(torch.ones(2, 1), torch.zeros(2), ["a"]) is None
+
+
+def test_a_single_expert_and_a_single_task_validate():
+    model = TIGER.from_preset(
+        "tiger-tiny", tasks=["depth"], experts=untrained_specialists(["geometry"]), **TINY_SETTINGS
+    )
+    (scores,) = trainer().validate(TIGERModule(model=model), tiny_data(), verbose=False)
+    assert scores["val/routing/depth/geometry"] == 1 and scores["val/routing/entropy"] == 0
 
 
 def test_collapse_warns_once_until_it_is_over():

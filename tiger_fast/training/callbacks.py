@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiger_fast import functional
 from tiger_fast._extras import require
+from tiger_fast.metrics.routing import RoutingStatistics, entropy
 from tiger_fast.training.runfolder import RunFolder, write_whole
 
 require("lightning", extra="train")
@@ -21,7 +21,6 @@ from lightning.pytorch.callbacks import Callback, Checkpoint  # noqa: E402
 from lightning.pytorch.loggers import Logger  # noqa: E402
 from lightning.pytorch.plugins.io import TorchCheckpointIO  # noqa: E402
 from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
-from torchmetrics import Metric  # noqa: E402
 
 # Weights are called collapsed where the mean entropy is below this share of log M. A token that gives one of four
 # experts .98 and the others the rest has .086 of log 4: the two thresholds mean about the same.
@@ -32,38 +31,6 @@ TOP_SHARE = 0.98
 
 class RoutingCollapse(UserWarning):
     """The routing weights have become one-hot, or all tasks use one expert."""
-
-
-class RoutingMeans(Metric):
-    """Sums over a data set, on all ranks, of routing weights, their entropy and their divergence from causes."""
-
-    full_state_update = False
-
-    def __init__(self, tasks: int, members: int, tau: float, eps: float) -> None:
-        super().__init__()
-        self.tau, self.eps = tau, eps
-        for name, shape in (("weight", (tasks, members)), ("entropy", (tasks,)), ("tokens", ())):
-            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
-        for name in ("divergence", "counted"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-
-    def update(self, weights: Tensor, delta: Tensor, valid: Tensor) -> None:
-        """Add a batch: weights and delta (B, T, N, M), valid (B, T, N) bool."""
-        self.weight += weights.double().sum(dim=(0, 2))
-        self.entropy += entropy(weights).double().sum(dim=(0, 2))
-        self.tokens += weights.shape[0] * weights.shape[2]
-        loss = functional.alignment_loss(delta, weights, tau=self.tau, eps=self.eps, mask=valid)
-        self.divergence += loss.double() * valid.sum()
-        self.counted += valid.sum()
-
-    def compute(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Shares (T, M), entropies (T,) in nats, and the divergence of TIGER eqs. 9-13, a scalar."""
-        return self.weight / self.tokens, self.entropy / self.tokens, self.divergence / self.counted
-
-
-def entropy(weights: Tensor) -> Tensor:
-    """Entropy of the routing weights in nats, (B, T, N, M) -> (B, T, N); log M where uniform."""
-    return torch.special.entr(weights.float()).sum(dim=-1)
 
 
 def collapse(shares: Tensor, entropies: Tensor, experts: list[str]) -> str | None:
@@ -85,12 +52,13 @@ class RoutingHealth(Callback):
     """Logs how the model routes, and warns when the routing collapses.
 
     routing/entropy (nats, mean over tokens and tasks), routing/entropy/TASK and routing/TASK/EXPERT (mean weight) of
-    the training batch at each logged step; the same under val/ for the validation set, with val/routing/divergence
-    (mean Jensen-Shannon divergence between causes and weights, TIGER eqs. 9-13, removal at the mixture).
+    the training batch at each logged step, over all tokens. The same under val/ for the validation set, over the tokens
+    that count, with the divergence between causes and weights (TIGER eqs. 9-13, removal at the mixture), that of equal
+    weights, and the agreement: see `RoutingStatistics`.
     """
 
     def __init__(self) -> None:
-        self._means: RoutingMeans | None = None
+        self._statistics: RoutingStatistics | None = None
         self._collapsed = False
         self._due = LoggedSteps()
 
@@ -111,23 +79,31 @@ class RoutingHealth(Callback):
     def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         """Start the sums."""
         model, cf = pl_module.model, pl_module.model.settings.counterfactual
-        self._means = RoutingMeans(len(model.tasks), len(model.expert_specs), cf.tau, cf.eps).to(pl_module.device)
+        statistics = RoutingStatistics(len(model.tasks), len(model.expert_specs), tau=cf.tau, eps=cf.eps)
+        self._statistics = statistics.to(pl_module.device)
 
     def on_validation_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         """Add a batch."""
-        self._means.update(outputs["weights"], outputs["delta"], outputs["valid"])
+        self._statistics.update(outputs["weights"], outputs["delta"], outputs["valid"])
 
     def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Log the sums; they are those of all ranks already."""
-        shares, entropies, divergence = self._means.compute()
-        values = {f"val/{key}": value for key, value in _named(pl_module.model, shares, entropies).items()}
-        values["val/routing/divergence"] = divergence
+        """Log the figures; they are those of all ranks already."""
+        with warnings.catch_warnings():
+            # Equal weights have no ranks to correlate: the agreement is NaN, and that says it.
+            warnings.simplefilter("ignore")
+            figures = self._statistics.compute()
+        # torchmetrics drops the dimensions of a figure that is a single number.
+        tasks, members = len(pl_module.model.tasks), len(pl_module.model.expert_specs)
+        shares, entropies = figures["weights"].reshape(tasks, members), figures["entropy"].reshape(tasks)
+        values = _named(pl_module.model, shares, entropies)
+        values |= {f"routing/{name}": figures[name] for name in ("divergence", "divergence_of_uniform", "agreement")}
+        values = {f"val/{name}": value for name, value in values.items()}
         if trainer.state.fn == "fit":
             # The trainer takes this for the step that all validation figures are logged under, as RunLog's are.
             values["step"] = torch.tensor(trainer.global_step)
-        pl_module.log_dict({key: value.float() for key, value in values.items()})
+        pl_module.log_dict({name: value.float() for name, value in values.items()})
         self._judge(pl_module.model, shares, entropies)
 
     @rank_zero_only
