@@ -383,10 +383,14 @@ class TIGER(nn.Module):
         if record is not None:
             record.count(full.valid)
             total = total + cf.weight * extra
-        elif wanted and self.linear_heads is not None:
+        elif self.linear_heads is not None:
+            # The heads learn at every step: they are no worse informed when they are asked, and no step leaves
+            # parameters without a gradient, which DistributedDataParallel would take for an error.
             delta, counted, own = self.linear_heads(experts, routed.weights, self._token_targets(targets))
-            aligned = self.counterfactual.align(delta, routed.weights, counted)
-            total = total + cf.weight * aligned + own
+            total = total + own
+            if wanted:
+                aligned = self.counterfactual.align(delta, routed.weights, counted)
+                total = total + cf.weight * aligned
         elif wanted and cf.removal == "input":
             delta = self._input_differences(targets, images, features, full)
             aligned = self.counterfactual.align(delta, routed.weights, full.valid)
