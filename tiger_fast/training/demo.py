@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import logging
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,8 +20,14 @@ from tiger_fast.data import HELDOUT_OFFSET, TRAIN_OFFSET, CachedSamples, Scenes
 from tiger_fast.experts import load_specialists
 from tiger_fast.metrics import RoutingStatistics
 from tiger_fast.models import TIGER
+from tiger_fast.training.callbacks import RoutingCollapse
+from tiger_fast.training.datamodule import TrainBatches
 from tiger_fast.training.infer import fit_image
+from tiger_fast.training.module import TIGERModule
 from tiger_fast.viz import curves_figure, predictions_figure, routing_figure
+
+Trainer = require("lightning", extra="train").Trainer
+Callback = require("lightning", extra="train").Callback
 
 PRESET = "tiger-tiny"
 # Written into every result, so that a folder of somebody else's is never replaced.
@@ -65,80 +73,85 @@ def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIG
     yield "mean", lambda: control(experts)
 
 
-def _features(model: TIGER, batch: dict[str, Any], experts: Sequence[Any]) -> list[Tensor]:
-    names = [expert.name for expert in experts]
-    return [batch["features"][names.index(name)] for name in model.expert_names]
+class _Curve(Callback):
+    """Keeps the weighted task losses of every step, and says how training goes."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.losses: list[float] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        logged, tasks = trainer.callback_metrics, pl_module.model.tasks
+        self.losses.append(float(sum(task.weight * logged[f"train/{task.name}"] for task in tasks)))
+        if (done := len(self.losses)) % 100 == 0 or done == trainer.max_steps:
+            recent = self.losses[-50:]
+            print(
+                f"  {self.name:<12} step {done:4d}/{trainer.max_steps}  task loss {sum(recent) / len(recent):7.3f}",
+                flush=True,
+            )
 
 
 def train(
-    model: TIGER,
-    data: CachedSamples,
-    experts: Sequence[Any],
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    report: Callable[[str], None],
+    name: str, model: TIGER, data: CachedSamples, *, steps: int, batch_size: int, learning_rate: float, seed: int
 ) -> Run:
-    """AdamW with a cosine schedule; every model sees the same batches in the same order."""
+    """Train with the library's trainer; every model sees the same scenes in the same order."""
     started = time.perf_counter()
-    optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=0.05)
-    order = torch.Generator().manual_seed(seed)
-    losses = []
-    for step in range(steps):
-        batch = data.batch(torch.randint(len(data), (batch_size,), generator=order))
-        objective = model.objective(batch, batch["image"], features=_features(model, batch, experts), step=step)
-        optimiser.zero_grad()
-        objective.total.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10.0)
-        optimiser.step()
-        schedule.step()
-        losses.append(sum(task.weight * float(objective.tasks[task.name]) for task in model.tasks))
-        if (step + 1) % 100 == 0 or step + 1 == steps:
-            report(f"step {step + 1:4d}/{steps}  task loss {sum(losses[-50:]) / len(losses[-50:]):7.3f}")
-    return Run(model.eval(), losses, time.perf_counter() - started)
+    curve = _Curve(name)
+    trainer = Trainer(
+        max_steps=steps,
+        gradient_clip_val=10.0,
+        callbacks=[curve],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    with warnings.catch_warnings():
+        # Expected of the twin, and reported as its entropy; and the trainer's remarks on what is as it should be.
+        warnings.simplefilter("ignore", RoutingCollapse)
+        warnings.filterwarnings("ignore", module=r"lightning\.")
+        module = TIGERModule(model=model, lr=learning_rate, warmup_steps=steps // 20, seed=seed)
+        trainer.fit(module, TrainBatches(data, batch_size, seed))
+    return Run(model.cpu().eval(), curve.losses, time.perf_counter() - started)
 
 
-def batches(data: CachedSamples, size: int) -> Iterator[dict[str, Any]]:
+def batches(data: CachedSamples, size: int = 20) -> Iterator[dict[str, Any]]:
     """All samples in order."""
     for indices in torch.arange(len(data)).split(size):
         yield data.batch(indices)
 
 
 @torch.no_grad()
-def evaluate(model: TIGER, data: CachedSamples, experts: Sequence[Any]) -> dict[str, float]:
+def evaluate(model: TIGER, data: CachedSamples) -> dict[str, float]:
     """Each task's metric on held-out scenes."""
     metrics = {task.name: task.metric() for task in model.tasks}
-    for batch in batches(data, 20):
-        output = model(batch["image"], features=_features(model, batch, experts))
+    for batch in batches(data):
+        output = model(batch["image"], features=batch["features"])
         for name, metric in metrics.items():
             metric.update(output.predictions[name], batch[name])
     return {name: float(metric.compute()) for name, metric in metrics.items()}
 
 
 @torch.no_grad()
-def routing_statistics(
-    model: TIGER, data: CachedSamples, experts: Sequence[Any], removal: str = "mixture"
-) -> dict[str, Tensor]:
+def routing_statistics(model: TIGER, data: CachedSamples, removal: str = "mixture") -> dict[str, Tensor]:
     """Routing weights against counterfactual differences on held-out scenes."""
     cf = model.settings.counterfactual
     statistics = RoutingStatistics(len(model.tasks), len(model.expert_specs), tau=cf.tau, eps=cf.eps)
-    for batch in batches(data, 20):
-        features = _features(model, batch, experts)
-        delta, valid = model.differences(batch, batch["image"], features=features, removal=removal)
-        _, routed = model.route(batch["image"], features)
+    for batch in batches(data):
+        images, features = batch["image"], batch["features"]
+        delta, valid = model.differences(batch, images, features=features, removal=removal)
+        _, routed = model.route(images, features)
         statistics.update(routed.weights, delta, valid)
     return statistics.compute()
 
 
-def make_report(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any], seed: int) -> dict[str, Any]:
+def make_report(runs: dict[str, Run], data: CachedSamples, seed: int) -> dict[str, Any]:
     """The figures of report.json but its seconds; see `main`."""
     model = runs["tiger"].model
     tasks, names = model.task_names, model.expert_names
-    found = {name: routing_statistics(runs[key].model, data, experts) for name, key in KEYS.items()}
-    at_input = routing_statistics(model, data, experts, removal="input")
+    found = {name: routing_statistics(runs[key].model, data) for name, key in KEYS.items()}
+    at_input = routing_statistics(model, data, removal="input")
 
     def table(values: Tensor) -> dict[str, dict[str, float]]:
         return {task: dict(zip(names, row, strict=True)) for task, row in zip(tasks, values.tolist(), strict=True)}
@@ -208,12 +221,12 @@ def photographs(size: tuple[int, int]) -> Iterator[tuple[str, Tensor]]:
 
 
 @torch.no_grad()
-def draw(runs: dict[str, Run], data: CachedSamples, experts: Sequence[Any], folder: Path) -> None:
+def draw(runs: dict[str, Run], data: CachedSamples, folder: Path) -> None:
     """All pictures of the demo."""
     model = runs["tiger"].model
     grid = model.settings.grid
     batch = data.batch(torch.arange(6))
-    output = model(batch["image"], features=_features(model, batch, experts))
+    output = model(batch["image"], features=batch["features"])
     predictions = {task.name: task.predict(output.predictions[task.name]) for task in model.tasks}
     predictions_figure(batch["image"], predictions, batch).savefig(folder / "predictions.png", dpi=120)
     for index in range(3):
@@ -273,6 +286,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Train, evaluate, print the table and write report.json, model and pictures to --out."""
     options = parser().parse_args(arguments)
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     started = time.perf_counter()
     try:
         fresh = open_result(options.out)
@@ -287,19 +301,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         torch.manual_seed(options.seed)
         model = build()
         print(f"{name}: {model.trainable_parameters()['total']:,} trainable parameters", flush=True)
+        own = [experts.index(expert) for expert in model.experts]
         runs[name] = train(
+            name,
             model,
-            training,
-            experts,
+            training.of_experts(own),
             steps=options.steps,
             batch_size=options.batch_size,
             learning_rate=options.learning_rate,
             seed=options.seed,
-            report=lambda text, name=name: print(f"  {name:<12} {text}", flush=True),
         )
-        runs[name].scores = evaluate(model, held_out, experts)
-    report = make_report(runs, held_out, experts, options.seed)
-    draw(runs, held_out, experts, fresh)
+        runs[name].scores = evaluate(model, held_out.of_experts(own))
+    report = make_report(runs, held_out, options.seed)
+    draw(runs, held_out, fresh)
     runs["tiger"].model.save(fresh / "tiger-tiny.safetensors")
     report["seconds"] = time.perf_counter() - started
     (fresh / "report.json").write_text(json.dumps(report, indent=1) + "\n")
