@@ -19,6 +19,7 @@ from torch import Tensor
 
 from tiger_fast import experts
 from tiger_fast.__main__ import main as command
+from tiger_fast._files import write_whole
 from tiger_fast.data import HELDOUT_OFFSET, CachedSamples, Scenes
 from tiger_fast.metrics.routing import RoutingStatistics
 from tiger_fast.models import TIGER
@@ -26,7 +27,7 @@ from tiger_fast.training import AtomicCheckpointIO, RunCSV, SceneData, TIGERModu
 from tiger_fast.training.callbacks import ENTROPY_SHARE, RoutingCollapse, RoutingHealth, collapse
 from tiger_fast.training.datamodule import EvaluationBatches, TrainBatches
 from tiger_fast.training.module import rate_share
-from tiger_fast.training.runfolder import RunFolder, RunFolderError, write_whole
+from tiger_fast.training.runfolder import RunFolder, RunFolderError
 
 EXPERTS = ["geometry", "appearance"]
 

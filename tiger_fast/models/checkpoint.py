@@ -1,8 +1,6 @@
 """Model files: safetensors with the settings as JSON in the header, written whole or not at all."""
 
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tiger_fast._extras import require
+from tiger_fast._files import write_whole
 
 _FORMAT = "tiger_fast"
 _VERSION = 1
@@ -23,19 +22,7 @@ def write_checkpoint(path: str | Path, kind: str, metadata: Mapping[str, Any], t
     save = require("safetensors.torch", extra="train").save
     header = {"format": _FORMAT, "version": str(_VERSION), "kind": kind, "metadata": json.dumps(metadata)}
     content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, header)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_whole(Path(path), lambda file: file.write(content))
 
 
 def read_checkpoint(path: str | Path, kind: str) -> tuple[dict[str, Any], dict[str, Tensor]]:

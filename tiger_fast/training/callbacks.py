@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from tiger_fast._extras import require
+from tiger_fast._files import write_whole
 from tiger_fast.metrics.routing import RoutingStatistics, entropy
-from tiger_fast.training.runfolder import RunFolder, write_whole
+from tiger_fast.training.runfolder import RunFolder
 
 require("lightning", extra="train")
 
