@@ -111,10 +111,9 @@ class RoutingHealth(Callback):
     def _judge(self, model: Any, shares: Tensor, entropies: Tensor) -> None:
         reason = collapse(shares, entropies, model.expert_names)
         if reason and not self._collapsed:
-            hint = (
-                "raise counterfactual.weight" if model.settings.counterfactual.weight else "set counterfactual.weight"
-            )
-            warnings.warn(f"routing has collapsed: {reason}; {hint}?", RoutingCollapse, stacklevel=2)
+            weight = model.settings.counterfactual.weight
+            advice = f"a larger counterfactual weight (now {weight:g}) or a smaller learning rate keeps it open"
+            warnings.warn(f"routing has collapsed: {reason}; {advice}", RoutingCollapse, stacklevel=2)
         self._collapsed = reason is not None
 
 
