@@ -16,10 +16,10 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-table test lint clean
+.PHONY: help demo demo-table test resume-check lint clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(STAMP)  ## set up, train tiger-tiny and its controls on the embedded data, write runs/demo/
 	$(PY) -m tiger_fast demo $(DEMO_ARGS)
@@ -30,6 +30,9 @@ demo-table: $(STAMP)  ## run the demo with three seeds and write docs/demo.md fr
 
 test: $(STAMP)  ## set up, run the tests
 	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+
+resume-check: $(STAMP)  ## set up, kill and restart fifty training runs (five minutes)
+	$(PY) -m pytest tests/test_resume.py --slow -s -k fifty
 
 lint: $(STAMP)  ## set up, check style and formatting
 	$(PY) -m ruff check .

@@ -1,14 +1,15 @@
 """Fast, exact, drop-in routing over frozen vision experts (TIGER, TAVER)."""
 
 from tiger_fast import functional
+from tiger_fast._version import __version__
 from tiger_fast.nn import CounterfactualLoss, Router, TaskInstructionEncoder
 from tiger_fast.ops import available_backends, show_config, use_backend
 
-__version__ = "0.1.0"
 __all__ = [
     "CounterfactualLoss",
     "Router",
     "TaskInstructionEncoder",
+    "__version__",
     "available_backends",
     "functional",
     "show_config",

@@ -8,6 +8,7 @@ import torch
 
 from tiger_fast import reference
 from tiger_fast._extras import unknown
+from tiger_fast._version import __version__
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -45,16 +46,10 @@ def _check(backend: str, source: str) -> str:
         raise unknown(f"backend ({source})", backend, BACKENDS)
     if backend not in _NATIVE:
         raise ValueError(
-            f"{source} asks for backend {backend!r}, which tiger_fast {_version()} does not contain; "
+            f"{source} asks for backend {backend!r}, which tiger_fast {__version__} does not contain; "
             f"available here: {', '.join(available_backends())}"
         )
     return backend
-
-
-def _version() -> str:
-    from tiger_fast import __version__
-
-    return __version__
 
 
 def resolve(backend: str | None, device: torch.device) -> str:
@@ -98,7 +93,7 @@ def show_config() -> str:
     """A table, as text: for each function of the contract, what each backend runs ("native" or "reference")."""
     names = available_backends()
     width = max(map(len, OPS))
-    lines = [f"tiger_fast {_version()}, torch {torch.__version__}"]
+    lines = [f"tiger_fast {__version__}, torch {torch.__version__}"]
     lines.append(" ".join([" " * width, *(f"{name:>10}" for name in names)]))
     for op in OPS:
         cells = ["native" if op in _NATIVE[name] and name != "reference" else "reference" for name in names]
