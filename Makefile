@@ -29,7 +29,7 @@ demo-table: $(STAMP)  ## run the demo with three seeds and write docs/demo.md fr
 	$(PY) -m tiger_fast.training.demo_table runs/demo-0 runs/demo-1 runs/demo-2 --out docs/demo.md
 
 test: $(STAMP)  ## set up, run the tests
-	$(PY) -m pytest tests -q $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 resume-check: $(STAMP)  ## set up, kill and restart fifty training runs (five minutes)
 	$(PY) -m pytest tests/test_resume.py --slow -s -k fifty

@@ -20,7 +20,7 @@ class Model(nn.Module):
         super().__init__()
         self.project = nn.ModuleList(nn.Sequential(nn.Linear(w, DIM), nn.LayerNorm(DIM)) for w in widths)
         self.query = nn.Conv2d(3, DIM, 8, stride=8)  # the pixels of a token, 8 x 8, say what is asked there
-        self.task = nn.Parameter(torch.randn(len(TASKS), 32))  # or TaskInstructionEncoder.from_instructions([...])
+        self.task = nn.Parameter(torch.randn(len(TASKS), 32))  # or TaskInstructionEncoder([...])()
         self.router = Router(DIM, len(widths), task_dim=32, rank=8)
         self.heads = nn.ModuleList(nn.Sequential(nn.Linear(DIM, DIM), nn.GELU(), nn.Linear(DIM, 64)) for _ in TASKS)
 

@@ -94,7 +94,7 @@ def divergence(delta, weights, tau=1.0, eps=1e-6):
 
 @pytest.mark.parametrize("batched", [False, True, None])
 @pytest.mark.parametrize("renormalize", [False, True])
-@pytest.mark.parametrize("removal", ["all", "task"])
+@pytest.mark.parametrize("removal", ["mixture", "task"])
 def test_differences_and_loss_are_the_brute_force_ones(removal, renormalize, batched):
     torch.manual_seed(1)
     decode = Decoder()
@@ -114,11 +114,13 @@ def test_removals_differ_where_tasks_interact():
     torch.manual_seed(1)
     decode = Decoder()
     experts, weights, target = problem()
-    deltas = [CounterfactualLoss(decode, squared, removal=r)(experts, weights, target).delta for r in ("all", "task")]
+    deltas = [
+        CounterfactualLoss(decode, squared, removal=r)(experts, weights, target).delta for r in ("mixture", "task")
+    ]
     assert (deltas[0] - deltas[1]).abs().max() > 0.05
 
 
-@pytest.mark.parametrize("removal", ["all", "task"])
+@pytest.mark.parametrize("removal", ["mixture", "task"])
 def test_the_steps_own_losses_are_reused(removal):
     torch.manual_seed(1)
     decode = Decoder()
@@ -131,11 +133,11 @@ def test_the_steps_own_losses_are_reused(removal):
 
     step = CounterfactualLoss(counted, squared, removal=removal)
     computed = step(list(experts.unbind(1)), weights, target)
-    assert len(calls) == 1 + (M if removal == "all" else T * M)
+    assert len(calls) == 1 + (M if removal == "mixture" else T * M)
     calls.clear()
     full = squared(decode(mixture(experts, weights)), target)
     given = step(experts, weights, target, full=full)
-    assert len(calls) == (M if removal == "all" else T * M)
+    assert len(calls) == (M if removal == "mixture" else T * M)
     torch.testing.assert_close(given.delta, computed.delta, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(given.loss, computed.loss, atol=1e-5, rtol=1e-4)
 
@@ -186,7 +188,7 @@ def test_descending_the_loss_brings_the_weights_to_the_causal_target():
 
 
 @pytest.mark.parametrize("way", ["module", "method"])
-@pytest.mark.parametrize("removal", ["all", "task"])
+@pytest.mark.parametrize("removal", ["mixture", "task"])
 def test_batchnorm_normalises_by_the_batch_and_its_statistics_stay(way, removal):
     torch.manual_seed(1)
     decode = Decoder(norm=True).train()
@@ -224,7 +226,9 @@ def test_batchnorm_in_eval_mode_is_used_as_it_is():
     experts, weights, target = problem()
     delta = CounterfactualLoss(decode, squared, batched=True)(experts, weights, target).delta
     with torch.no_grad():
-        torch.testing.assert_close(delta, brute_force(decode, experts, weights, target, "all"), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            delta, brute_force(decode, experts, weights, target, "mixture"), atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("batched", [False, True])
@@ -240,7 +244,7 @@ def test_tokens_that_do_not_count_change_nothing(batched):
     step = CounterfactualLoss(decode, masked, batched=batched)
     result = step(experts, weights, {"values": target, "valid": valid})
     with torch.no_grad():
-        expected = brute_force(decode, experts, weights, target, "all")
+        expected = brute_force(decode, experts, weights, target, "mixture")
     torch.testing.assert_close(result.loss, divergence(expected, weights)[valid].mean(), atol=1e-5, rtol=1e-4)
     assert torch.equal(result.valid, valid)
     result.loss.backward()
@@ -260,7 +264,7 @@ def test_sampled_experts_are_compared_among_themselves():
     decode = Decoder()
     experts, weights, target = problem()
     with torch.no_grad():
-        everything = brute_force(decode, experts, weights, target, "all")
+        everything = brute_force(decode, experts, weights, target, "mixture")
     step = CounterfactualLoss(decode, squared, sampled=2)
     drawn = set()
     for seed in range(30):
@@ -507,3 +511,12 @@ def test_losses_of_the_contract_agree_with_the_step_on_a_linear_head():
     step = CounterfactualLoss(head, lambda y, t: F.cross_entropy(y[:, 0].mT, t, reduction="none")[:, None])
     delta = step(experts, weights[:, :1], labels).delta
     torch.testing.assert_close(delta[:, 0], (left_out - full[:, None]).mT, atol=1e-5, rtol=1e-4)
+
+
+def test_losses_that_are_not_per_token_are_refused():
+    experts, weights, target = problem()
+    step = CounterfactualLoss(lambda tokens: tokens, lambda y, t: y.square().mean())
+    with pytest.raises(ValueError, match="one per token"):
+        step(experts, weights, target)
+    with pytest.raises(ValueError, match="tau"):
+        CounterfactualLoss(lambda tokens: tokens, lambda y, t: y, tau=0.0)

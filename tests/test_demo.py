@@ -21,7 +21,9 @@ def result(tmp_path_factory):
 
 
 def test_report_has_every_figure_it_promises(result):
-    report = json.loads((result / "report.json").read_text())
+    text = (result / "report.json").read_text()
+    assert "NaN" not in text and "Infinity" not in text
+    report = json.loads(text)
     assert list(report["tasks"]) == TASKS
     for row in report["tasks"].values():
         assert set(row) == {"metric", "value", "higher_is_better"}
@@ -56,6 +58,50 @@ def test_an_earlier_result_is_replaced(result, tmp_path):
     (again / "new").touch()
     demo.close_result(again, target)
     assert sorted(path.name for path in target.iterdir()) == sorted([demo.MARKER, "new"])
+
+
+def test_a_result_is_in_place_before_the_former_one_goes(tmp_path, monkeypatch):
+    target = tmp_path / "result"
+    for content in ("first", "second"):
+        fresh = demo.open_result(target)
+        (fresh / content).touch()
+        if content == "second":
+            monkeypatch.setattr(demo.shutil, "rmtree", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+            with pytest.raises(KeyboardInterrupt):
+                demo.close_result(fresh, target)
+        else:
+            demo.close_result(fresh, target)
+    assert (target / "second").exists()
+    assert list(tmp_path.glob(".result.former-*/first"))
+
+
+def test_a_shortfall_is_named():
+    good = {
+        "seed": 0,
+        "tasks": {"depth": {"metric": "RMSE", "value": 1.0, "higher_is_better": False}},
+        "controls": {"mean": {"depth": 2.0}},
+        "agreement": {"with": 0.9, "without": 0.8},
+        "divergence": {"with": 0.1, "without": 0.2, "uniform": 0.15},
+    }
+    assert demo_table.shortfalls(good) == []
+    for key, change in (
+        ("agreement", {"with": 0.79, "without": 0.5}),
+        ("agreement", {"with": 0.9, "without": 0.95}),
+        ("divergence", {"with": 0.11, "without": 0.2, "uniform": 0.15}),
+        ("divergence", {"with": 0.1, "without": 0.3, "uniform": 0.1}),
+    ):
+        assert len(demo_table.shortfalls(good | {key: change})) == 1
+
+
+def test_infer_reads_a_photograph_upright(tmp_path):
+    pixels = numpy.zeros((20, 40, 3), dtype=numpy.uint8)
+    pixels[:, :10] = 255
+    picture = Image.fromarray(pixels)
+    exif = picture.getexif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    picture.save(tmp_path / "photo.png", exif=exif)
+    image = infer.read_image(tmp_path / "photo.png")
+    assert image.shape == (3, 40, 20) and image[:, 2, 10].min() == 1 and image[:, 30, 10].max() == 0
 
 
 def test_a_folder_of_somebody_elses_is_refused(tmp_path):

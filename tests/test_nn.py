@@ -78,7 +78,7 @@ def test_sentence_bert_places_like_instructions_together():
     likeness = F.cosine_similarity(embeddings[:1], embeddings[1:])
     assert likeness[0] > likeness[1] + 0.2
     embeddings.zero_()  # a caller's edit must not reach the next caller through the cache
-    encoder = TaskInstructionEncoder.from_instructions(sentences)
+    encoder = TaskInstructionEncoder(sentences)
     assert encoder().shape == (3, 384) and encoder.embeddings.abs().sum() > 0
     encoder().sum().backward()  # not an inference tensor
 
@@ -91,7 +91,7 @@ def test_instructions_that_are_none_are_refused():
         TaskInstructionEncoder(torch.zeros(8))
     with pytest.raises(ValueError, match="floating"):
         TaskInstructionEncoder(torch.zeros(2, 8, dtype=torch.int64))
-    with pytest.raises(TypeError, match="list"):
+    with pytest.raises(ValueError, match="sentence"):
         TaskInstructionEncoder([[0.0]])
 
 

@@ -250,3 +250,15 @@ def test_wrong_inputs_are_named():
 
 def test_is_what_the_package_exports():
     assert tiger_fast.Router is Router and issubclass(Router, nn.Module)
+
+
+def test_task_of_another_type_or_an_unknown_backend_is_named():
+    router = Router(8, 2, 4)
+    query, experts = torch.randn(1, 3, 8), [torch.randn(1, 3, 8)] * 2
+    for wrong in (torch.randn(2, 4, dtype=torch.float64), torch.zeros(2, 4, dtype=torch.int64)):
+        with pytest.raises(TypeError, match="task must be"):
+            router(query, experts, wrong)
+    with pytest.raises(ValueError, match="did you mean 'reference'"):
+        Router(8, 2, 4, backend="refrence")
+    with pytest.raises(TypeError, match="sequence of maps"):
+        router.route_maps(torch.randn(1, 8, 2, 2), torch.randn(1, 2, 8, 2, 2), torch.randn(2, 4))

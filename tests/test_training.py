@@ -459,3 +459,21 @@ def _parsed(arguments: list[str]) -> str:
         command(arguments)
     assert error.value.code == 0
     return text.getvalue()
+
+
+def test_a_trial_run_writes_nothing(finished, tmp_path):
+    """fast_dev_run claims no folder, so it may not write into one either."""
+    (tmp_path / "model.safetensors").write_bytes(b"somebody else's")
+    config = tmp_path / "config-file.yaml"
+    config.write_text(yaml.safe_dump(tiny_run.tiny_config(tmp_path)))
+    tiny_run.main(["fit", "--config", str(config), "--trainer.fast_dev_run", "true"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config-file.yaml", "model.safetensors"]
+    assert (tmp_path / "model.safetensors").read_bytes() == b"somebody else's"
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_a_precision_that_would_score_in_16_bits_is_refused(tmp_path, precision):
+    config = tmp_path / "config-file.yaml"
+    config.write_text(yaml.safe_dump(tiny_run.tiny_config(tmp_path / "run")))
+    with pytest.raises((SystemExit, ValueError), match="mixed"):
+        tiny_run.main(["fit", "--config", str(config), "--trainer.precision", precision])

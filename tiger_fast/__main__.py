@@ -48,10 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(f"error: {unknown('command', command, COMMANDS)}")
     home, with_name, _ = COMMANDS[command]
     try:
-        run = import_module(home).main
-    except ImportError as error:
+        import_module(home).main(arguments if with_name else arguments[1:])
+    except ImportError as error:  # an extra that is not installed, which the message names
         raise SystemExit(f"error: {error}") from error
-    run(arguments if with_name else arguments[1:])
 
 
 if __name__ == "__main__":

@@ -92,6 +92,21 @@ class TIGERSettings:
     counterfactual: CounterfactualSettings = field(default_factory=CounterfactualSettings)
 
     def __post_init__(self) -> None:
+        sizes = ("patch_size", "dim", "hidden", "rank", "router_hidden", "num_heads", "query_width")
+        for name in sizes:
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ValueError(f"setting {name!r} must be an int of at least 1, got {value!r}")
+        if (
+            not isinstance(self.grid, tuple)
+            or len(self.grid) != 2
+            or not all(isinstance(n, int) and n > 0 for n in self.grid)
+        ):
+            raise ValueError(f"setting 'grid' must be (rows, columns), got {self.grid!r}")
+        if self.query_width % 4:
+            raise ValueError(
+                f"setting 'query_width' must be a multiple of 4 (GroupNorm's groups), got {self.query_width}"
+            )
         if self.routing not in ("learned", "mean"):
             raise unknown("routing", self.routing, ("learned", "mean"))
         if self.routing == "mean" and self.counterfactual.weight:
@@ -123,7 +138,7 @@ class TIGERSettings:
                 self.counterfactual, **_known(CounterfactualSettings, changes["counterfactual"])
             )
         if "grid" in changes:
-            changes["grid"] = tuple(changes["grid"])
+            changes["grid"] = tuple(changes["grid"]) if isinstance(changes["grid"], (list, tuple)) else changes["grid"]
         if "decoder" in changes:
             changes["decoder"] = tuple((width, blocks) for width, blocks in changes["decoder"])
         return dataclasses.replace(self, **changes)

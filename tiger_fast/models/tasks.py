@@ -235,17 +235,18 @@ TASK_SETS: dict[str, Callable[[], list[Task]]] = {
 }
 
 
-def library_task(name: str, channels: int) -> Task:
-    """The library's task of that name and number of channels.
+def library_task(name: str, channels: int, instruction: str, weight: float) -> Task:
+    """The library's task of that name, number of channels, instruction and weight.
 
     Raises:
         ValueError: if there is none: it was somebody's own.
     """
     for tasks in TASK_SETS.values():
         for task in tasks():
-            if (task.name, task.channels) == (name, channels):
+            if (task.name, task.channels, task.instruction, task.weight) == (name, channels, instruction, weight):
                 return task
-    raise ValueError(f"task {name!r} with {channels} channels is not one of the library's: pass it in tasks=")
+    own = f"task {name!r} ({channels} channels, weight {weight}, {instruction!r})"
+    raise ValueError(f"{own} is not one of the library's: pass it in tasks=")
 
 
 def select_tasks(names: Sequence[str], among: Sequence[Task]) -> list[Task]:

@@ -10,9 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from tiger_fast import _checks as check
+from tiger_fast._extras import unknown
 from tiger_fast.functional import Routed
 from tiger_fast.models.checkpoint import read_checkpoint, write_checkpoint
-from tiger_fast.models.presets import ExpertSpec, TIGERSettings, preset
+from tiger_fast.models.presets import REMOVALS, ExpertSpec, TIGERSettings, preset
 from tiger_fast.models.tasks import TASK_SETS, Task, library_task, select_tasks
 from tiger_fast.nn import (
     CounterfactualLoss,
@@ -26,13 +28,9 @@ from tiger_fast.nn import (
     TaskInstructionEncoder,
     TaskInteraction,
     TokenLosses,
-    encode_instructions,
 )
 from tiger_fast.nn.counterfactual import FirstOrderRecord
 from tiger_fast.nn.losses import LossMap, mean_over_valid, token_mean
-
-# Width of the task representation where no sentence encoder is asked: that of all-MiniLM-L6-v2.
-EMBEDDING_DIM = 384
 
 
 class TIGEROutput(NamedTuple):
@@ -99,13 +97,8 @@ class TIGER(nn.Module):
         self.losses = nn.ModuleDict({t.name: deepcopy(t.loss) for t in self.tasks if isinstance(t.loss, nn.Module)})
 
         s = settings
-        if embeddings is None:
-            embeddings = (
-                encode_instructions([task.instruction for task in self.tasks])
-                if s.instructions
-                else torch.zeros(len(self.tasks), EMBEDDING_DIM)
-            )
-        self.instruction_encoder = TaskInstructionEncoder(embeddings, learnable=not s.instructions)
+        instructions = [task.instruction for task in self.tasks] if embeddings is None else embeddings
+        self.instruction_encoder = TaskInstructionEncoder(instructions, learnable=not s.instructions)
         task_dim = self.instruction_encoder.dim
         self.projections = nn.ModuleList(ExpertProjection(e.dim, s.hidden, s.dim) for e in self.expert_specs)
         self.expert_interaction = ExpertInteraction(s.dim, s.num_heads, scope=s.scope) if s.expert_interaction else None
@@ -126,15 +119,6 @@ class TIGER(nn.Module):
 
     def _build_counterfactual(self) -> None:
         s, cf = self.settings, self.settings.counterfactual
-        self.counterfactual = CounterfactualLoss(
-            self.decode,
-            self.token_losses,
-            tau=cf.tau,
-            eps=cf.eps,
-            removal="task" if cf.removal == "task" else "all",
-            renormalize=cf.renormalize,
-            sampled=cf.sampled,
-        )
         self.linear_heads = self.first_order = None
         if cf.weight and cf.mode == "linear":
             for task in self.tasks:
@@ -146,6 +130,12 @@ class TIGER(nn.Module):
             self.linear_heads = LinearCounterfactual(s.dim, channels, [task.token_loss for task in self.tasks])
         if cf.weight and cf.mode == "first_order":
             self.first_order = FirstOrderCounterfactual(tau=cf.tau, eps=cf.eps)
+
+    def _counterfactual(self, removal: str, **options: Any) -> CounterfactualLoss:
+        # Made for each call: kept in the model, which it would refer to, it would leave every model to the cyclic
+        # garbage collector.
+        cf = self.settings.counterfactual
+        return CounterfactualLoss(self.decode, self.token_losses, tau=cf.tau, eps=cf.eps, removal=removal, **options)
 
     @property
     def task_names(self) -> list[str]:
@@ -193,7 +183,7 @@ class TIGER(nn.Module):
         """Write settings and trainable weights to a .safetensors file, whole or not at all (no expert's weights)."""
         metadata = {
             "settings": self.settings.to_dict(),
-            "tasks": [{"name": task.name, "channels": task.channels} for task in self.tasks],
+            "tasks": [{key: getattr(task, key) for key in _SAVED_OF_TASKS} for task in self.tasks],
             "experts": [spec.__dict__ for spec in self.expert_specs],
         }
         write_checkpoint(path, "TIGER", metadata, self.state_dict())
@@ -219,12 +209,15 @@ class TIGER(nn.Module):
             ValueError: for a file that is corrupt, foreign, or of other tasks or experts.
         """
         metadata, tensors = read_checkpoint(path, "TIGER")
-        settings = TIGERSettings.from_dict(metadata["settings"])
+        try:
+            settings = TIGERSettings.from_dict(metadata["settings"])
+            saved_tasks = [{key: saved[key] for key in _SAVED_OF_TASKS} for saved in metadata["tasks"]]
+            specs = [ExpertSpec(**spec) for spec in metadata["experts"]]
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} has a header that this tiger_fast cannot read: {error!r}") from error
         chosen = [
-            library_task(**saved) if tasks is None else select_tasks([saved["name"]], tasks)[0]
-            for saved in metadata["tasks"]
+            library_task(**saved) if tasks is None else select_tasks([saved["name"]], tasks)[0] for saved in saved_tasks
         ]
-        specs = [ExpertSpec(**spec) for spec in metadata["experts"]]
         resolved = _resolve_experts(specs if experts is None else experts, prefer_modules=experts is None)
         found = [ExpertSpec(e.name, e.dim, e.patch_size) for e in resolved]
         if found != specs:
@@ -303,17 +296,22 @@ class TIGER(nn.Module):
         return Routed(tokens, experts.new_full(shape, 1 / experts.shape[1], dtype=torch.float32))
 
     def _features(self, images: Tensor | None, features: Sequence[Tensor] | None) -> list[Tensor]:
+        if images is not None:
+            shape = check.activation("images", images, "B 3 H W").shape
+            if shape[1] != 3:
+                raise ValueError(f"images must be (B, 3, H, W), got {tuple(shape)}")
+        elif features is None:
+            raise ValueError("forward needs images (B, 3, H, W) or features (M tensors (B, N, C_k))")
         if features is None:
-            if images is None:
-                raise ValueError("forward needs images (B, 3, H, W) or features (M tensors (B, N, C_k))")
             return self.extract(images)
         if len(features) != len(self.expert_specs):
             raise ValueError(f"features must be one per expert, {self.expert_names}, got {len(features)}")
         tokens = self.settings.grid[0] * self.settings.grid[1]
+        first = check.tensor("features[0]", features[0] if images is None else images)
         for spec, feature in zip(self.expert_specs, features, strict=True):
-            if feature.dim() != 3 or feature.shape[1:] != (tokens, spec.dim):
-                expected = f"(B, {tokens}, {spec.dim})"
-                raise ValueError(f"features of expert {spec.name!r} must be {expected}, got {tuple(feature.shape)}")
+            name = f"features of expert {spec.name!r}"
+            check.shape(name, check.floating(name, feature), (first.shape[0], tokens, spec.dim))
+            check.device(name, feature, first.device, "images or the first expert's")
         return list(features)
 
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
@@ -342,11 +340,9 @@ class TIGER(nn.Module):
 
         Tokens without a valid pixel, and tasks without a target, do not count.
         """
-        return self._per_token(self.loss_maps(predictions, targets))
+        return self._per_token(self.loss_maps(predictions, self._own(targets)))
 
     def _per_token(self, maps: Mapping[str, LossMap]) -> TokenLosses:
-        if not maps:
-            raise ValueError(f"targets has none of the model's tasks {self.task_names}")
         pooled = {name: token_mean(loss_map, self.settings.grid) for name, loss_map in maps.items()}
         values, valid = next(iter(pooled.values()))
         nothing = torch.zeros_like(values), torch.zeros_like(valid)
@@ -364,12 +360,14 @@ class TIGER(nn.Module):
         """The training objective (TIGER eq. 14): task losses with their lambda_j plus lambda_cf times L_cf.
 
         Args:
-            targets: by task; a task without one is left out of this batch.
+            targets: by task; a task without one is left out of this batch, and what is not a task's is ignored. In a
+                process group all ranks must have the same tasks' targets.
             images, features: as in `forward`.
             step: number of the training step, for `counterfactual.every`.
         """
         cf = self.settings.counterfactual
         wanted = cf.weight > 0 and step % cf.every == 0
+        targets = self._own(targets)
         experts, routed = self.route(images, features)
         tokens, record, extra = routed.tokens, None, None
         if wanted and self.first_order is not None:
@@ -389,14 +387,15 @@ class TIGER(nn.Module):
             delta, counted, own = self.linear_heads(experts, routed.weights, self._token_targets(targets))
             total = total + own
             if wanted:
-                aligned = self.counterfactual.align(delta, routed.weights, counted)
+                aligned = self._counterfactual("mixture").align(delta, routed.weights, counted)
                 total = total + cf.weight * aligned
         elif wanted and cf.removal == "input":
             delta = self._input_differences(targets, images, features, full)
-            aligned = self.counterfactual.align(delta, routed.weights, full.valid)
+            aligned = self._counterfactual("mixture").align(delta, routed.weights, full.valid)
             total = total + cf.weight * aligned
         elif wanted:
-            aligned, delta, _ = self.counterfactual(experts, routed.weights, targets, full=full)
+            step_of = self._counterfactual(cf.removal, renormalize=cf.renormalize, sampled=cf.sampled)
+            aligned, delta, _ = step_of(experts, routed.weights, targets, full=full)
             total = total + cf.weight * aligned
         return Objective(
             total,
@@ -407,6 +406,12 @@ class TIGER(nn.Module):
             full.valid,
             record,
         )
+
+    def _own(self, targets: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        own = {name: targets[name] for name in self.task_names if name in targets}
+        if not own:
+            raise ValueError(f"targets has none of the model's tasks {self.task_names}, but {list(targets)}")
+        return own
 
     def _token_targets(self, targets: Mapping[str, Tensor]) -> list[tuple[Tensor, Tensor] | None]:
         return [
@@ -432,16 +437,15 @@ class TIGER(nn.Module):
         Returns:
             delta (B, T, N, M) and valid (B, T, N) bool.
         """
+        if removal not in REMOVALS:
+            raise unknown("removal", removal, REMOVALS)
+        targets = self._own(targets)
         features = self._features(images, features)
         experts, routed = self.route(images, features)
         full = self.token_losses(self.decode(routed.tokens), targets)
         if removal == "input":
             return self._input_differences(targets, images, features, full), full.valid
-        removals = {"mixture": "all", "task": "task"}
-        if removal not in removals:
-            raise ValueError(f"removal must be 'mixture', 'task' or 'input', got {removal!r}")
-        step = CounterfactualLoss(self.decode, self.token_losses, removal=removals[removal])
-        return step.differences(experts, routed.weights, targets, full=full)
+        return self._counterfactual(removal).differences(experts, routed.weights, targets, full=full)
 
     @torch.no_grad()
     def _input_differences(
@@ -473,6 +477,10 @@ class TIGER(nn.Module):
         }
         counts = {name: count for name, count in counts.items() if count}
         return counts | {"total": sum(counts.values())}
+
+
+# What tells a task of one's own from one of the library's.
+_SAVED_OF_TASKS = ("name", "channels", "instruction", "weight")
 
 
 def _leave_experts_out(module: TIGER, state: dict[str, Any], prefix: str, _metadata: Any) -> None:

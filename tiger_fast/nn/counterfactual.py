@@ -9,11 +9,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from tiger_fast import _checks as check
 from tiger_fast import functional
 from tiger_fast._extras import unknown
 from tiger_fast.nn.losses import mean_over_ranks
 
-REMOVALS = ("all", "task")
+REMOVALS = ("mixture", "task")
 
 
 class TokenLosses(NamedTuple):
@@ -38,6 +39,9 @@ class CounterfactualLoss(nn.Module):
     is expert k's contribution there. Only the routing weights get a gradient. BatchNorm layers of the decoder keep
     their running statistics.
 
+    In a process group the mean is over the tokens of all ranks, so that every rank has to make the call; with
+    `sampled`, all of them with torch's CPU generator in the same state.
+
     Args:
         decode: tokens (B, T, N, D) -> predictions of any kind. An nn.Module, or a method of one, has its BatchNorm
             layers protected. Dropout draws afresh at every decode, which is noise in the differences: leave it out,
@@ -45,17 +49,19 @@ class CounterfactualLoss(nn.Module):
         loss: (predictions, target) -> per-token losses (B, T, N), or `TokenLosses` with the tokens that count.
         tau: temperature of eq. 10.
         eps: of eq. 9.
-        removal: "all" takes an expert out for all tasks at once, M decodes; "task" for one task at a time, T M.
+        removal: "mixture" takes an expert out of all tasks' mixtures at once, M decodes; "task" out of one task's at a
+            time, T M.
         renormalize: the others' weights add up to 1 again. The paper masks: False.
         sampled: number of experts, drawn at random at each call, that are taken out; the routing weights are then
-            compared within those. None: all.
-        batched: with removal "all", decode all removals as one batch, the target repeated along dimension 0; None:
+            compared within those. None, or M and more: all.
+        batched: with removal "mixture", decode all removals as one batch, the target repeated along dimension 0; None:
             only on a GPU, since on a CPU the loop was 1.6 times faster (and needs M times less memory), and only
             where no BatchNorm of the decoder would normalise by that larger batch.
         backend: forced for the kernels; None chooses by device.
 
     Raises:
-        ValueError: for an unknown removal, or sampled < 2 (one expert has nothing to be compared with).
+        ValueError: for an unknown removal, tau <= 0, eps < 0, or sampled < 2 (one expert has nothing to be compared
+            with).
     """
 
     def __init__(
@@ -65,7 +71,7 @@ class CounterfactualLoss(nn.Module):
         *,
         tau: float = 1.0,
         eps: float = 1e-6,
-        removal: str = "all",
+        removal: str = "mixture",
         renormalize: bool = False,
         sampled: int | None = None,
         batched: bool | None = None,
@@ -74,6 +80,7 @@ class CounterfactualLoss(nn.Module):
         super().__init__()
         if removal not in REMOVALS:
             raise unknown("removal", removal, REMOVALS)
+        check.temperature(tau, eps)
         if sampled is not None and sampled < 2:
             raise ValueError(f"sampled must be at least 2, got {sampled}")
         # Kept out of the module tree: the decoder belongs to somebody else's state_dict.
@@ -106,14 +113,14 @@ class CounterfactualLoss(nn.Module):
             chosen = sorted(torch.randperm(members)[: self.sampled].tolist())
         delta, valid = self.differences(experts, weights, target, full=full, chosen=chosen)
         if len(chosen) < members:
-            weights = weights[..., chosen]
+            weights = torch.stack([weights[..., k] for k in chosen], dim=-1)
             weights = weights / weights.sum(dim=-1, keepdim=True).clamp(min=torch.finfo(weights.dtype).tiny)
         return Counterfactual(self.align(delta, weights, valid), delta, valid)
 
     def align(self, delta: Tensor, weights: Tensor, valid: Tensor | None = None) -> Tensor:
         """Eqs. 9-13 for differences from anywhere: mean over the tokens that count, over all processes."""
         loss = functional.alignment_loss(delta, weights, tau=self.tau, eps=self.eps, mask=valid, backend=self.backend)
-        count = loss.new_tensor(delta[..., 0].numel()) if valid is None else valid.sum()
+        count = loss.new_full((), delta[..., 0].numel()) if valid is None else valid.sum()
         return mean_over_ranks(loss * count, count)
 
     @torch.no_grad()
@@ -135,8 +142,12 @@ class CounterfactualLoss(nn.Module):
             present = None
             if full is None or self.removal == "task":
                 present = self._mixture(experts, weights)
-            full = _as_token_losses(self._token_losses(present, target) if full is None else full)
-            if self.removal == "all":
+            full = self._token_losses(present, target) if full is None else _as_token_losses(full)
+            if full.values.shape != weights.shape[:3]:
+                raise ValueError(
+                    f"loss must give {tuple(weights.shape[:3])}, one per token, got {tuple(full.values.shape)}"
+                )
+            if self.removal == "mixture":
                 batched = mixtures.is_cuda and not by_batch if self.batched is None else self.batched
                 without = self._without_for_all(mixtures, chosen, target, batched)
             else:
@@ -192,7 +203,7 @@ def _statistics_kept(decode: Callable) -> Iterator[bool]:
 
 
 class LinearCounterfactual(nn.Module):
-    """Counterfactual differences of linear token heads, without decoding anything (TIGER eq. 8, DESIGN's "linear").
+    """Counterfactual differences of linear token heads, without decoding anything (TIGER eq. 8, mode "linear").
 
     A head per task is trained beside the model on detached features, so that it measures and does not steer; all
     heads share one product with the experts.
@@ -249,8 +260,8 @@ class LinearCounterfactual(nn.Module):
 class FirstOrderRecord:
     """What a first-order tap is told between forward and backward, and what it has to say afterwards.
 
-    valid: (B, T, N) bool or None, set with `count`. After backward: loss, the alignment loss of this process, and
-    delta, (B, T, N, M).
+    valid: (B, T, N) bool or None, and share, this process's part in the mean over all of them, are set with `count`.
+    After backward: loss, the alignment loss of this process, and delta, (B, T, N, M).
     """
 
     def __init__(self) -> None:
@@ -276,6 +287,7 @@ class FirstOrder(NamedTuple):
 class FirstOrderCounterfactual(nn.Module):
     """Differences to first order, Delta_k = -alpha_k <dL/df, F_k>, as a by-product of the backward pass.
 
+    L is the total that backward is called on, all tasks with their weights, not the task's own loss of eq. 8.
     Nothing is decoded again: the gradient of the task losses that passes through the routed tokens anyway is
     turned, on its way, into the gradient of the alignment loss with respect to the routing weights.
 

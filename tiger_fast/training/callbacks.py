@@ -305,6 +305,8 @@ class RunCheckpoint(Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: Any) -> None:
+        if trainer.fast_dev_run:  # a trial, which owns no folder
+            return
         for logger in trainer.loggers:
             logger.save()
         self._saved, self._due = trainer.global_step, False
@@ -332,7 +334,7 @@ class ModelExport(Callback):
     @rank_zero_only
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
         """Also after a run that was complete already: it may have been killed just before this."""
-        if not trainer.interrupted:
+        if not trainer.interrupted and not trainer.fast_dev_run:
             pl_module.model.save(Path(trainer.default_root_dir) / "model.safetensors")
 
 

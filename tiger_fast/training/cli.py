@@ -10,6 +10,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+
 from tiger_fast._extras import require
 from tiger_fast.training.callbacks import AtomicCheckpointIO, ModelExport, PredictionWriter, RunCheckpoint, RunCSV
 from tiger_fast.training.datamodule import SceneData
@@ -25,6 +27,8 @@ from lightning.pytorch.utilities import rank_zero_only  # noqa: E402
 
 TRAINER_DEFAULTS = {
     "default_root_dir": "runs/fit",
+    # Not "auto", which takes Apple's GPUs: they have no float64, in which the metrics add up.
+    "accelerator": "cuda" if torch.cuda.is_available() else "cpu",
     "max_steps": 600,
     "log_every_n_steps": 10,
     "gradient_clip_val": 10.0,  # the dense-prediction protocols' norm
@@ -132,11 +136,12 @@ class TIGERCLI(LightningCLI):
         return [RunCSV(self.folder.path / "metrics.csv"), board]
 
     def before_fit(self) -> None:
-        """Claim the folder; go on from its newest checkpoint."""
+        """Claim the folder; go on from its newest checkpoint, unless told from which."""
         if not self.trainer.fast_dev_run:
             with _errors_as_messages():
                 self._claim()
-            self._start_from(self.folder.newest_checkpoint())
+            if self.config_init[self.subcommand].get("ckpt_path") is None:
+                self._start_from(self.folder.newest_checkpoint())
 
     @rank_zero_only
     def _claim(self) -> None:

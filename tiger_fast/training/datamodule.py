@@ -131,7 +131,7 @@ class SceneData(LightningDataModule):
         self.train_size, self.val_size, self.batch_size = train_size, val_size, batch_size
         self.val_batch_size = batch_size if val_batch_size is None else val_batch_size
         self.seed, self.workers = seed, workers
-        self._cached: dict[Any, CachedSamples] = {}
+        self._cached: dict[Any, tuple[CachedSamples, list[torch.nn.Module]]] = {}
         self._batches: TrainBatches | None = None
         self._resumed: dict[str, int] | None = None
 
@@ -182,8 +182,9 @@ class SceneData(LightningDataModule):
         if key not in self._cached:
             experts = [_asked_on(expert, module.device) for expert in model.experts]
             scenes = Scenes(size, offset, height, width)
-            self._cached[key] = CachedSamples(scenes, experts, model.settings.grid, self.workers)
-        return self._cached[key]
+            samples = CachedSamples(scenes, experts, model.settings.grid, self.workers)
+            self._cached[key] = samples, list(model.experts)  # while they live, no other expert gets their identity
+        return self._cached[key][0]
 
 
 def _asked_on(expert: torch.nn.Module, device: torch.device) -> Any:

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -98,6 +99,8 @@ def train(
     started = time.perf_counter()
     curve = _Curve(name)
     trainer = Trainer(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",
+        devices=1,
         max_steps=steps,
         gradient_clip_val=10.0,
         callbacks=[curve],
@@ -255,17 +258,22 @@ def open_result(out: Path) -> Path:
     """
     if out.exists() and not (out / MARKER).is_file() and (not out.is_dir() or any(out.iterdir())):
         raise FileExistsError(f"{out} holds something else than a result of the demo: name another folder with --out")
-    fresh = out.with_name(f".{out.name}.part")
-    shutil.rmtree(fresh, ignore_errors=True)
-    fresh.mkdir(parents=True)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.part-"))
+    fresh.chmod(0o755)
     (fresh / MARKER).touch()
     return fresh
 
 
 def close_result(fresh: Path, out: Path) -> None:
-    """Replace `out`, an earlier result or nothing, by the finished folder."""
-    shutil.rmtree(out, ignore_errors=True)
+    """Replace `out`, an earlier result or nothing, by the finished folder; the earlier one goes last."""
+    former = None
+    if out.exists():
+        former = out.with_name(fresh.name.replace(".part-", ".former-"))
+        out.rename(former)
     fresh.rename(out)
+    if former is not None:
+        shutil.rmtree(former)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -288,6 +296,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser().parse_args(arguments)
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     started = time.perf_counter()
+    for module in ("matplotlib", "scipy.stats", "skimage.data"):
+        require(module, extra="train")  # now rather than when all is trained
     try:
         fresh = open_result(options.out)
     except FileExistsError as error:
@@ -313,8 +323,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
         runs[name].scores = evaluate(model, held_out.of_experts(own))
     report = make_report(runs, held_out, options.seed)
-    draw(runs, held_out, fresh)
     runs["tiger"].model.save(fresh / "tiger-tiny.safetensors")
+    draw(runs, held_out, fresh)
     report["seconds"] = time.perf_counter() - started
     (fresh / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     close_result(fresh, options.out)

@@ -35,6 +35,19 @@ def lost_tasks(report: Report) -> list[str]:
     return lost
 
 
+def shortfalls(report: Report) -> list[str]:
+    """What the demo is to show and this report does not; empty if all is shown."""
+    agreement, divergence = report["agreement"], report["divergence"]
+    demands = {
+        "a control is better than TIGER on more than one task": len(lost_tasks(report)) <= 1,
+        "agreement is below 0.8": agreement["with"] >= 0.8,
+        "agreement is not higher than without the counterfactual loss": agreement["with"] > agreement["without"],
+        "divergence is more than half of that without": divergence["with"] <= divergence["without"] / 2,
+        "divergence is not below that of uniform weights": divergence["with"] < divergence["uniform"],
+    }
+    return [what for what, holds in demands.items() if not holds]
+
+
 def _row(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -114,8 +127,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--out", type=Path, required=True, help="the page to write")
     chosen = options.parse_args(arguments)
     reports = [json.loads((folder / "report.json").read_text()) for folder in chosen.results]
+    chosen.out.parent.mkdir(parents=True, exist_ok=True)
     chosen.out.write_text(page(reports))
     print(f"wrote {chosen.out}")
+    missed = [f"seed {report['seed']}: {what}" for report in reports for what in shortfalls(report)]
+    if missed:
+        raise SystemExit("\n".join(["what the demo is to show, it does not show:", *missed]))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def fit_image(image: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def read_image(path: Path) -> Tensor:
-    """A picture file as (3, H, W) float32 in [0, 1]; transparency is dropped, grey becomes RGB.
+    """A picture file, upright, as (3, H, W) float32 in [0, 1]; transparency is dropped, grey becomes RGB.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -36,10 +36,11 @@ def read_image(path: Path) -> Tensor:
     if not path.is_file():
         raise FileNotFoundError(f"no picture at {path}")
     pillow = require("PIL.Image", extra="train")
+    upright = require("PIL.ImageOps", extra="train").exif_transpose
     numpy = require("numpy", extra="train")
     try:
         with pillow.open(path) as picture:
-            pixels = numpy.asarray(picture.convert("RGB"))
+            pixels = numpy.asarray(upright(picture).convert("RGB"))
     except OSError as error:
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
     return torch.from_numpy(pixels.copy()).movedim(-1, 0).float() / 255

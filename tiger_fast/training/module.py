@@ -74,7 +74,16 @@ class TIGERModule(LightningModule):
         self.metrics: torch.nn.ModuleDict | None = None
 
     def configure_model(self) -> None:
-        """Build the model and its metrics, once."""
+        """Build the model and its metrics, once.
+
+        Raises:
+            ValueError: for a precision that would cast the metrics' float64 sums, too, to bfloat16 or float16.
+        """
+        precision = str(self.trainer.precision) if self._trainer is not None else ""
+        if precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"precision {precision!r} would score in 16 bits: take {precision.replace('true', 'mixed')!r}"
+            )
         if self.model is None:
             h = self.hparams
             torch.manual_seed(h.seed)

@@ -12,7 +12,7 @@ _CHECKPOINT = re.compile(r"step-(\d+)\.ckpt")
 # What `write_whole` and TIGER.save leave behind if they are killed: .NAME.XXXXXXXX, X of tempfile's alphabet.
 _LEFTOVER = re.compile(r"\.(step-\d+\.ckpt|config\.yaml|metrics\.csv|model\.safetensors)\.[a-z0-9_]{8}")
 # Keys that may differ between two starts of one run: where it lies and what the terminal shows.
-_FREE_KEYS = {"trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"}
+_FREE_KEYS = {"data.workers", "trainer.default_root_dir", "trainer.enable_progress_bar", "trainer.enable_model_summary"}
 
 
 class RunFolderError(ValueError):
