@@ -52,3 +52,11 @@ def test_example_is_short_and_uses_the_public_api(path):
     lines = [line for line in text.splitlines() if line.strip() and not line.strip().startswith("#")]
     assert len(lines) <= 80
     assert not re.search(r"\._[a-z]", text) and not re.search(r"import _|from \S*\._", text)
+
+
+def test_the_readmes_python_runs(tmp_path, monkeypatch):
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert len(blocks) >= 4
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(blocks), {})  # one after the other, as a reader would type them
+    assert (tmp_path / "model.safetensors").is_file()

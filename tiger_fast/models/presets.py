@@ -196,6 +196,9 @@ PRESETS: dict[str, Preset] = {
             num_heads=4,
             decoder=((64, 1), (32, 1)),
             query_width=16,
+            # The protocol's lambda_j add up to 67: at weight 1 the task losses outpull L_cf, and the routing stops between
+            # the causes and the one-hot weights that it has without; docs/counterfactual-weight.md has the figures.
+            counterfactual=CounterfactualSettings(weight=10.0),
         ),
         ("semantics", "geometry", "boundaries", "appearance"),
         "scenes",

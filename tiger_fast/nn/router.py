@@ -77,11 +77,12 @@ class Router(nn.Module):
         # z = q U has unit variance; sum over r of z_r u_r, over sqrt(D), has variance R * std_v^2.
         nn.init.normal_(self.u, std=dim**-0.5)
         nn.init.normal_(self.v, std=self.LOGIT_STD / rank**0.5)
-        for mlp, bias in ((self.g, 1.0), (self.h, 0.0)):
+        for mlp in (self.g, self.h):
             mlp[0].reset_parameters()
-            nn.init.normal_(mlp[2].weight, std=0.1 / mlp[2].in_features ** 0.5)
-            nn.init.constant_(mlp[2].bias, bias)
+        nn.init.normal_(self.g[2].weight, std=0.1 / self.g[2].in_features ** 0.5)
+        nn.init.ones_(self.g[2].bias)
         nn.init.zeros_(self.h[2].weight)
+        nn.init.zeros_(self.h[2].bias)
 
     def forward(self, query: Tensor, experts: Sequence[Tensor] | Tensor, task: Tensor) -> Routed:
         """Route every token.
