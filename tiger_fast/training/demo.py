@@ -46,7 +46,9 @@ class Run:
     scores: dict[str, float] = field(default_factory=dict)
 
 
-def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIGER]]]:
+def build_models(
+    experts: Sequence[Any], counterfactual_weight: float | None = None
+) -> Iterator[tuple[str, Callable[[], TIGER]]]:
     """The demo's models by name: TIGER, the twin, and the controls, which mix without routing.
 
     A control is the same task-conditioned decoder on one specialist or on the plain mean of all. All its tasks share
@@ -67,7 +69,8 @@ def build_models(experts: Sequence[Any]) -> Iterator[tuple[str, Callable[[], TIG
         one, two = (build(hidden).trainable_parameters()["total"] for hidden in (1, 2))
         return build(1 + math.ceil((wanted - one) / (two - one)))
 
-    yield "tiger", tiger
+    weight = {} if counterfactual_weight is None else {"counterfactual": {"weight": counterfactual_weight}}
+    yield "tiger", lambda: tiger(**weight)
     yield "without", lambda: tiger(counterfactual={"weight": 0.0})
     for expert in experts:
         yield expert.name, lambda expert=expert: control([expert])
@@ -180,6 +183,7 @@ def make_report(runs: dict[str, Run], data: CachedSamples, seed: int) -> dict[st
         "entropy": {name: float(figures["entropy"].mean()) for name, figures in found.items()},
         "parameters": {name: run.model.trainable_parameters()["total"] for name, run in runs.items()},
         "training_seconds": {name: run.seconds for name, run in runs.items()},
+        "counterfactual_weight": model.settings.counterfactual.weight,
         "seed": seed,
     }
 
@@ -285,6 +289,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--held-out", type=int, default=200, help="scenes for evaluation")
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--learning-rate", type=float, default=3e-3)
+    options.add_argument("--counterfactual-weight", type=float, help="lambda_cf; the preset's if not given")
     options.add_argument(
         "--out", type=Path, default=Path("runs/demo"), help="result folder, replaced if it is a demo's"
     )
@@ -307,7 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     training = CachedSamples(Scenes(options.scenes, TRAIN_OFFSET), experts)
     held_out = CachedSamples(Scenes(options.held_out, HELDOUT_OFFSET), experts)
     runs: dict[str, Run] = {}
-    for name, build in build_models(experts):
+    for name, build in build_models(experts, options.counterfactual_weight):
         torch.manual_seed(options.seed)
         model = build()
         print(f"{name}: {model.trainable_parameters()['total']:,} trainable parameters", flush=True)

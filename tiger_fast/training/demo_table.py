@@ -78,6 +78,7 @@ def _routing_table(report: Report) -> list[str]:
 def _alignment_table(reports: Sequence[Report]) -> list[str]:
     heads = (
         "seed",
+        "lambda_cf",
         "tasks on which a control is better",
         "agreement with / without",
         "agreement at the input",
@@ -90,6 +91,7 @@ def _alignment_table(reports: Sequence[Report]) -> list[str]:
         agreement, divergence, entropy = report["agreement"], report["divergence"], report["entropy"]
         cells = (
             str(report["seed"]),
+            f"{report['counterfactual_weight']:g}",
             ", ".join(lost_tasks(report)) or "none",
             f"{agreement['with']:.3f} / {agreement['without']:.3f}",
             f"{report['agreement_input']:.3f}",
