@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MAX_EXPERTS = 16
+# The contract's limits: M, T, R and G.
+MAX_EXPERTS, MAX_TASKS, MAX_RANK, MAX_GROUP = 16, 32, 256, 32
 
 
 def tensor(name: str, value: object) -> Tensor:

@@ -100,10 +100,10 @@ def route(
     check.parameter("base_weight", base_weight, query, (width, width))
     check.parameter("base_bias", base_bias, query, (width,), optional=True)
     check.parameter("u", u, query, (width, "R"))
-    rank = check.between("R of u", u.shape[1], 256)
+    rank = check.between("R of u", u.shape[1], check.MAX_RANK)
     check.parameter("v", v, query, (width, rank))
     check.modulation("scale", scale, query, rank)
-    tasks = check.between("T of scale", scale.shape[-2], 32)
+    tasks = check.between("T of scale", scale.shape[-2], check.MAX_TASKS)
     check.modulation("shift", shift, query, width)
     if shift.shape[-2] != tasks:
         raise ValueError(f"shift must have scale's T = {tasks} tasks, got {shift.shape[-2]}")
@@ -133,7 +133,7 @@ def leave_one_out(
     members = check.experts(experts)
     batch, tokens, _ = members[0].shape
     check.beside("weights", weights, members[0], (batch, "T", tokens, len(members)))
-    check.between("T of weights", weights.shape[1], 32)
+    check.between("T of weights", weights.shape[1], check.MAX_TASKS)
     check.flag("renormalize", renormalize)
     implementation = select("leave_one_out", backend, weights.device)
     with check.autocast(members[0]) as cast:
@@ -195,7 +195,7 @@ def counterfactual_losses_from_projections(
     """`counterfactual_losses` from projections (B, M, N, C) = experts @ head_weight.T, which one product can make
     for several heads at once (slices of it along C are taken as they are). TIGER eq. 8."""
     projections = check.activation("projections", projections, "B M N C")
-    check.between("M of projections", projections.shape[1], 16)
+    check.between("M of projections", projections.shape[1], check.MAX_EXPERTS)
     _check_losses(projections, tuple(projections.shape), weights, head_bias, target, loss, valid, ignore_index)
     implementation = select("counterfactual_losses_from_projections", backend, weights.device)
     with check.no_autocast(weights):
@@ -242,7 +242,7 @@ def causal_target(delta: Tensor, *, tau: float = 1.0, eps: float = 1e-6, backend
         p (..., M), float32 (float64 for float64).
     """
     check.floating("delta", delta)
-    check.between("M of delta", check.last("delta", delta), 16)
+    check.between("M of delta", check.last("delta", delta), check.MAX_EXPERTS)
     check.temperature(tau, eps)
     implementation = select("causal_target", backend, delta.device)
     with check.no_autocast(delta):
@@ -274,7 +274,7 @@ def alignment_loss(
         A scalar, float32 (float64 if either argument is).
     """
     check.floating("delta", delta)
-    check.between("M of delta", check.last("delta", delta), 16)
+    check.between("M of delta", check.last("delta", delta), check.MAX_EXPERTS)
     check.companion("weights", weights, delta, "delta")
     check.temperature(tau, eps)
     check.flag("detach_target", detach_target)
@@ -301,7 +301,7 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, backend:
         check.shape(name, check.activation(name, other, "B G N D"), tuple(q.shape))
         check.same_type(name, other, q, "q")
         check.device(name, other, q.device, "q")
-    check.between("G of q", q.shape[1], 32)
+    check.between("G of q", q.shape[1], check.MAX_GROUP)
     check.heads(num_heads, q.shape[-1])
     implementation = select("group_attention", backend, q.device)
     with check.autocast(q) as cast:
@@ -312,7 +312,7 @@ def group_attention_packed(qkv: Tensor, num_heads: int, *, backend: str | None =
     """`group_attention` of one tensor (B, G, N, 3 D) that holds q, k and v side by side; its gradient is packed too.
     TIGER sec. 3.4."""
     qkv = check.activation("qkv", qkv, "B G N 3D")
-    check.between("G of qkv", qkv.shape[1], 32)
+    check.between("G of qkv", qkv.shape[1], check.MAX_GROUP)
     if qkv.shape[-1] % 3:
         raise ValueError(f"qkv's last dimension must be 3 D, got {qkv.shape[-1]}")
     check.heads(num_heads, qkv.shape[-1] // 3)
@@ -458,7 +458,7 @@ def _check_competency(names: tuple[str, ...], values: tuple[Tensor, ...], eps: f
     check.floating(names[0], first)
     if first.dim() != 2:
         raise ValueError(f"{names[0]} must be (B, M), got {tuple(first.shape)}")
-    check.between(f"M of {names[0]}", first.shape[1], 16)
+    check.between(f"M of {names[0]}", first.shape[1], check.MAX_EXPERTS)
     for name, value in zip(names[1:], values[1:], strict=True):
         check.companion(name, value, first, names[0])
     check.eps(eps)

@@ -50,9 +50,9 @@ class Router(nn.Module):
         super().__init__()
         for name, value, most in (
             ("dim", dim, None),
-            ("num_experts", num_experts, 16),
+            ("num_experts", num_experts, check.MAX_EXPERTS),
             ("task_dim", task_dim, None),
-            ("rank", rank, 256),
+            ("rank", rank, check.MAX_RANK),
             ("hidden", dim if hidden is None else hidden, None),
         ):
             if value < 1 or (most is not None and value > most):
