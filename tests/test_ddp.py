@@ -1,6 +1,7 @@
 """Two processes (gloo, on the CPU) that share a batch have the gradients of one process with all of it."""
 
 import csv
+import gc
 import os
 import subprocess
 import sys
@@ -82,21 +83,26 @@ def alignment_value(step: Step) -> Tensor:
     return objective.counterfactual
 
 
+def one_step(mode: str, rank: int) -> dict[str, Any]:
+    step = Step(tiny_model(mode))
+    parallel = DistributedDataParallel(step)  # its hooks reduce the gradients for as long as it lives
+    loss = parallel({name: part(value, rank) for name, value in random_batch().items()}, 0)
+    loss.backward()
+    values = torch.stack([loss.detach(), alignment_value(step).double()])
+    dist.all_reduce(values)
+    return {"gradients": gradients(step), "values": values / WORLD}
+
+
 def rank_main(rank: int, rendezvous: str, out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=WORLD)
-    results = {}
-    for mode in MODES:
-        step = Step(tiny_model(mode))
-        parallel = DistributedDataParallel(step)
-        batch = {name: part(value, rank) for name, value in random_batch().items()}
-        loss = parallel(batch, 0)
-        loss.backward()
-        values = torch.stack([loss.detach(), alignment_value(step).double()])
-        dist.all_reduce(values)
-        results[mode] = {"gradients": gradients(step), "values": values / WORLD}
+    results = {mode: one_step(mode, rank) for mode in MODES}
     if rank == 0:
         torch.save(results, out)
+    # A group that is taken down while a reducer still refers to it, or while the other rank still talks to it, can
+    # abort the process: nothing is left of the models by now, and both ranks arrive here first.
+    gc.collect()
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -325,6 +325,7 @@ def run_rank(rank: int, folder: str) -> None:
     counts = torch.tensor([rank + 1])
     results["counts"] = (counts, sum_over_ranks(counts))
     torch.save(results, f"{folder}/rank{rank}.pt")
+    dist.barrier()  # a rank that leaves while the other still talks to it can abort the other
     dist.destroy_process_group()
 
 
