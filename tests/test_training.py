@@ -145,7 +145,10 @@ def test_a_step_logs_every_loss_and_moves_every_parameter(mode):
     assert losses <= logged.keys()
     weighted = sum(task.weight * logged[f"train/{task.name}"] for task in module.model.tasks)
     if mode == "decode":
-        torch.testing.assert_close(logged["train/loss"], weighted + module.model.settings.counterfactual.weight * logged["train/counterfactual"])
+        torch.testing.assert_close(
+            logged["train/loss"],
+            weighted + module.model.settings.counterfactual.weight * logged["train/counterfactual"],
+        )
     assert 0 < logged["train/counterfactual"] < math.log(2)
     for task in module.model.task_names:
         assert sum(logged[f"routing/{task}/{name}"] for name in EXPERTS) == pytest.approx(1, abs=1e-5)
