@@ -195,6 +195,7 @@ def probe_table(experts: Sequence[Expert], train: int = 400, test: int = 200) ->
 
 
 def encode(expert: Expert, images: Tensor) -> Tensor:
+    """An expert's tokens (B, N, C) of images (B, 3, H, W), sixteen at a time."""
     return torch.cat([expert(chunk, GRID) for chunk in images.split(16)])
 
 
@@ -270,6 +271,7 @@ def format_table(table: dict[str, dict[str, float]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    """Train the named specialists and write their weights, then print the probe table; or the table alone."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--names", nargs="+", choices=list(SPECIALISTS), default=list(SPECIALISTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=800, help="training steps of 8 scenes (default: %(default)s)")
