@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# The device on which shapes are inferred raises when asked for its autocast state. By name, because torch 2.11 cannot
+# trace torch.amp.is_autocast_available.
+_WITHOUT_AUTOCAST = ("meta",)
 # The contract's limits: M, T, R and G.
 MAX_EXPERTS, MAX_TASKS, MAX_RANK, MAX_GROUP = 16, 32, 256, 32
 
@@ -52,11 +55,9 @@ def device(name: str, value: Tensor, expected: torch.device, other: str) -> None
 def computing_type(value: Tensor) -> torch.dtype:
     """The type that an activation has once autocast's rule is applied: float64 stays, others go to autocast's."""
     kind = value.device.type
-    # The meta device, on which shapes are inferred, has no autocast and raises when asked for its state.
-    available = torch.amp.is_autocast_available(kind)
-    if value.dtype == torch.float64 or not available or not torch.is_autocast_enabled(kind):
+    if value.dtype == torch.float64 or kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind):
         return value.dtype
-    return torch.get_autocast_dtype(value.device.type)
+    return torch.get_autocast_dtype(kind)
 
 
 def same_type(name: str, value: Tensor, like: Tensor, other: str) -> None:
@@ -226,4 +227,4 @@ def autocast(like: Tensor) -> Iterator[Callable[..., list[Tensor]]]:
 def no_autocast(like: Tensor) -> AbstractContextManager:
     """Within: autocast is off, so that what is written as float32 is float32."""
     kind = like.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+    return nullcontext() if kind in _WITHOUT_AUTOCAST else torch.autocast(kind, enabled=False)

