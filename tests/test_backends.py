@@ -130,7 +130,7 @@ def test_show_config_lists_every_function_and_backend(second):
 def test_show_config_says_what_is_absent():
     text = tiger_fast.show_config()
     assert all(name in text for name in BACKENDS)
-    assert ("not in this installation" in text) == bool(ABSENT)
+    assert ("not in this release" in text) == bool(ABSENT)
 
 
 def test_reference_is_always_available():

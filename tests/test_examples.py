@@ -59,4 +59,4 @@ def test_the_readmes_python_runs(tmp_path, monkeypatch):
     assert len(blocks) >= 4
     monkeypatch.chdir(tmp_path)
     exec("\n".join(blocks), {})  # one after the other, as a reader would type them
-    assert (tmp_path / "model.safetensors").is_file()
+    assert (tmp_path / "runs" / "model.safetensors").is_file()

@@ -480,3 +480,9 @@ def test_a_precision_that_would_score_in_16_bits_is_refused(tmp_path, precision)
     config.write_text(yaml.safe_dump(tiny_run.tiny_config(tmp_path / "run")))
     with pytest.raises((SystemExit, ValueError), match="mixed"):
         tiny_run.main(["fit", "--config", str(config), "--trainer.precision", precision])
+
+
+def test_a_preset_whose_experts_cannot_be_loaded_leaves_no_trace(tmp_path):
+    with pytest.raises(SystemExit, match="tiger-tiny"):
+        command(["fit", "--model.preset", "tiger-b", "--trainer.default_root_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()

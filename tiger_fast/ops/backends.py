@@ -100,5 +100,5 @@ def show_config() -> str:
         lines.append(" ".join([f"{op:<{width}}", *(f"{cell:>10}" for cell in cells)]))
     absent = [name for name in BACKENDS if name not in names]
     if absent:
-        lines.append(f"not in this installation: {', '.join(absent)}")
+        lines.append(f"not in this release: {', '.join(absent)}")
     return "\n".join(lines)

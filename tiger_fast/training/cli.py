@@ -137,11 +137,23 @@ class TIGERCLI(LightningCLI):
 
     def before_fit(self) -> None:
         """Claim the folder; go on from its newest checkpoint, unless told from which."""
+        self._check_model()
         if not self.trainer.fast_dev_run:
             with _errors_as_messages():
                 self._claim()
             if self.config_init[self.subcommand].get("ckpt_path") is None:
                 self._start_from(self.folder.newest_checkpoint())
+
+    def _check_model(self) -> None:
+        # Before the folder is claimed: a model that cannot be trained here leaves no trace.
+        with _errors_as_messages():
+            self.model.configure_model()
+            model = self.model.model
+            if len(model.experts) != len(model.expert_specs):
+                raise ValueError(
+                    f"preset {self.model.hparams.preset!r} asks for experts {model.expert_names}, and this release "
+                    "loads the embedded specialists only: take preset 'tiger-tiny', or train with their features in Python"
+                )
 
     @rank_zero_only
     def _claim(self) -> None:

@@ -215,7 +215,13 @@ def table_of(report: dict[str, Any]) -> str:
     for name in ("agreement", "divergence", "entropy"):
         values = ", ".join(f"{key} {value:.3f}" for key, value in report[name].items())
         lines.append(f"{name + ':':<12}{values}")
-    lines.append(f"{'':<12}agreement with differences at the input: {report['agreement_input']:.3f}")
+    lines.append(f"agreement with differences at the input: {report['agreement_input']:.3f}")
+    lines.append("")
+    lines.append("without = TIGER without the counterfactual loss; the models below it are controls without routing")
+    lines.append("agreement: rank correlation of routing weights with what removing an expert costs, 1 is best")
+    lines.append(
+        "divergence: of the weights from the causes at each token, 0 is best; entropy: 0 is one-hot, 1.386 uniform"
+    )
     return "\n".join(lines)
 
 
@@ -330,6 +336,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = make_report(runs, held_out, options.seed)
     runs["tiger"].model.save(fresh / "tiger-tiny.safetensors")
     draw(runs, held_out, fresh)
+    names = ("steps", "scenes", "held_out", "batch_size", "learning_rate")
+    report["settings"] = {name: getattr(options, name) for name in names} | {"torch": torch.__version__}
     report["seconds"] = time.perf_counter() - started
     (fresh / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     close_result(fresh, options.out)
