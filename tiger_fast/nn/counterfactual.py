@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
@@ -55,8 +56,8 @@ class CounterfactualLoss(nn.Module):
         sampled: number of experts, drawn at random at each call, that are taken out; the routing weights are then
             compared within those. None, or M and more: all.
         batched: with removal "mixture", decode all removals as one batch, the target repeated along dimension 0; None:
-            only on a GPU, since on a CPU the loop was 1.6 times faster (and needs M times less memory), and only
-            where no BatchNorm of the decoder would normalise by that larger batch.
+            only on a GPU (the loop needs M times less memory), and only where no BatchNorm of the decoder would
+            normalise by that larger batch.
         backend: forced for the kernels; None chooses by device.
 
     Raises:
@@ -234,7 +235,8 @@ class LinearCounterfactual(nn.Module):
             delta (B, T, N, M) and valid (B, T, N), both without gradient, and the mean loss of the heads, a scalar
             whose gradient reaches the heads alone.
         """
-        projections = self.heads(experts.detach())
+        # Without the bias, which is whole in every left-out logit while the others' weights do not add up to 1.
+        projections = F.linear(experts.detach(), self.heads.weight)
         weights = weights.detach()
         delta, valid, own = [], [], []
         parts = zip(projections.split(self.channels, dim=-1), self.losses, targets, strict=True)
@@ -244,11 +246,9 @@ class LinearCounterfactual(nn.Module):
                 valid.append(torch.zeros_like(weights[:, task, :, 0], dtype=torch.bool))
                 continue
             target, counted = pair
-            # The bias is inside the projections, and the others' weights do not add up to 1: left-out logits
-            # without the bias would mix "the expert is gone" with "part of the bias is gone".
             bias = self.heads.bias.split(self.channels)[task]
             full, without = functional.counterfactual_losses_from_projections(
-                projection - bias, weights[:, task], bias, target, loss=loss, valid=counted, backend=self.backend
+                projection, weights[:, task], bias, target, loss=loss, valid=counted, backend=self.backend
             )
             delta.append((without - full[:, None]).detach().transpose(1, 2))
             valid.append(counted)

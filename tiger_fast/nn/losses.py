@@ -102,7 +102,7 @@ class NormalsL1(nn.Module):
         _check_map(target, logits)
         valid = (target.isfinite().all(1) & (target != 0).any(1)).unsqueeze(1)
         x = _masked(logits, valid)
-        # Not F.normalize: torch's norm over a strided dimension took 15 % of a whole training step on a CPU.
+        # Not F.normalize: torch's norm over a strided dimension was 8 % of a training step's CPU time in a profile.
         length = x.square().sum(1, keepdim=True).clamp_min(self.eps**2).sqrt()
         return LossMap((x / length - _masked(target, valid)).abs().sum(1), valid.squeeze(1))
 

@@ -23,6 +23,7 @@ from tiger_fast.metrics import RoutingStatistics
 from tiger_fast.models import TIGER
 from tiger_fast.training.callbacks import RoutingCollapse
 from tiger_fast.training.datamodule import TrainBatches
+from tiger_fast.training.demo_table import scores
 from tiger_fast.training.infer import fit_image
 from tiger_fast.training.module import TIGERModule
 from tiger_fast.viz import curves_figure, predictions_figure, routing_figure
@@ -197,8 +198,7 @@ def table_of(report: dict[str, Any]) -> str:
     tasks = report["tasks"]
     heads = [f"{name} {row['metric']}{'↑' if row['higher_is_better'] else '↓'}" for name, row in tasks.items()]
     lines = [f"{'model':<14}{'parameters':>11}" + "".join(f"{head:>16}" for head in heads)]
-    scores = {"tiger": {name: row["value"] for name, row in tasks.items()}, "without": report["without"]}
-    for model, row in (scores | report["controls"]).items():
+    for model, row in scores(report).items():
         cells = "".join(f"{row[name]:>16.4f}" for name in tasks)
         lines.append(f"{model:<14}{report['parameters'][model]:>11,}{cells}")
     lines.append("")
@@ -220,7 +220,8 @@ def table_of(report: dict[str, Any]) -> str:
     lines.append("without = TIGER without the counterfactual loss; the models below it are controls without routing")
     lines.append("agreement: rank correlation of routing weights with what removing an expert costs, 1 is best")
     lines.append(
-        "divergence: of the weights from the causes at each token, 0 is best; entropy: 0 is one-hot, 1.386 uniform"
+        "divergence: of the weights from the causes at each token, 0 is best; "
+        f"entropy: 0 is one-hot, {math.log(len(experts)):.3f} uniform"
     )
     return "\n".join(lines)
 
