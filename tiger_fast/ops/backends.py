@@ -9,6 +9,7 @@ import torch
 from tiger_fast import reference
 from tiger_fast._extras import unknown
 from tiger_fast._version import __version__
+from tiger_fast.ops import cpu
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -30,6 +31,8 @@ OPS = (
 
 # backend -> op -> implementation. An op that a backend does not fuse is absent and runs the reference.
 _NATIVE: dict[str, dict[str, Callable]] = {"reference": {name: getattr(reference, name) for name in OPS}}
+if cpu.LOADED:
+    _NATIVE["cpu"] = cpu.NATIVE
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}  # by device type; torch calls ROCm devices cuda too
 
 # Set by use_backend. A plain global, which torch.compile guards on.

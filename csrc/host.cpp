@@ -1,0 +1,216 @@
+#include "host.h"
+
+#include <cstdlib>
+#include <cstring>
+#include <string>
+
+#include "memory.h"
+
+namespace tiger_fast {
+namespace {
+
+bool poisoned = false;
+
+#if TIGER_FAST_HAS_V3_V4
+bool has(Level wanted) {
+  __builtin_cpu_init();
+  if (wanted == Level::plain) return true;
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
+            __builtin_cpu_supports("f16c");
+  if (wanted == Level::v3) return v3;
+  return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#else
+bool has(Level wanted) { return wanted == Level::plain; }
+#endif
+
+constexpr const char* kNames[] = {"plain", "v3", "v4"};
+
+Level choose() {
+  if (const char* asked = std::getenv("TIGER_FAST_CPU_LEVEL"); asked && *asked) {
+    for (int i = 0; i < 3; ++i)
+      if (!std::strcmp(asked, kNames[i])) {
+        STD_TORCH_CHECK(has(Level(i)), "TIGER_FAST_CPU_LEVEL is ", asked, ", which this processor or build lacks");
+        return Level(i);
+      }
+    STD_TORCH_CHECK(false, "TIGER_FAST_CPU_LEVEL must be plain, v3 or v4, got ", asked);
+  }
+  for (Level l : {Level::v4, Level::v3})
+    if (has(l)) return l;
+  return Level::plain;
+}
+
+Sizes dense_strides(const Sizes& sizes) {
+  Sizes strides(sizes.size());
+  int64_t step = 1;
+  for (size_t i = sizes.size(); i-- > 0;) {
+    strides[i] = step;
+    step *= sizes[i] > 0 ? sizes[i] : 1;
+  }
+  return strides;
+}
+
+size_t bytes_of(ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return 8;
+    case ScalarType::Float:
+      return 4;
+    case ScalarType::BFloat16:
+    case ScalarType::Half:
+      return 2;
+    default:
+      STD_TORCH_CHECK(false, "tiger_fast's CPU kernels take float32, float64, bfloat16 and float16");
+  }
+}
+
+}  // namespace
+
+Level level() {
+  static const Level chosen = choose();
+  return chosen;
+}
+
+const char* level_name() { return kNames[int(level())]; }
+
+Type type_of(const Tensor& t) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float:
+      return Type::f32;
+    case ScalarType::Double:
+      return Type::f64;
+    case ScalarType::BFloat16:
+      return Type::bf16;
+    case ScalarType::Half:
+      return Type::f16;
+    default:
+      STD_TORCH_CHECK(false, "tiger_fast's CPU kernels take float32, float64, bfloat16 and float16");
+  }
+}
+
+ScalarType scalar_type(Type type) {
+  constexpr ScalarType types[] = {ScalarType::Float, ScalarType::Double, ScalarType::BFloat16, ScalarType::Half};
+  return types[int(type)];
+}
+
+ScalarType accumulator_type(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+Tensor allocate(const Sizes& sizes, ScalarType type) {
+  size_t bytes = bytes_of(type);
+  for (int64_t s : sizes) bytes *= size_t(s);
+  Tensor made = [&] {
+    if (bytes < memory::kSmallest)
+      return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+    size_t size = 0;
+    void* data = memory::acquire(bytes, &size);
+    Sizes strides = dense_strides(sizes);
+    AtenTensorHandle handle = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+        data, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
+        torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), -1, &handle,
+        aoti_torch_layout_strided(), nullptr, 0,
+        [](void* block, void* context) { memory::release(block, reinterpret_cast<size_t>(context)); },
+        reinterpret_cast<void*>(size)));
+    return Tensor(handle);
+  }();
+  if (poisoned && bytes) std::memset(made.mutable_data_ptr(), 0xff, bytes);
+  return made;
+}
+
+Tensor zeros(const Sizes& sizes, ScalarType type) {
+  Tensor made = allocate(sizes, type);
+  torch::stable::zero_(made);
+  return made;
+}
+
+Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset) {
+  AtenTensorHandle handle = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+      t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), t.storage_offset() + offset, &handle));
+  return Tensor(handle);
+}
+
+Tensor converted(const Tensor& t, ScalarType type) {
+  return t.scalar_type() == type ? t : torch::stable::to(t, type);
+}
+
+Tensor with_dense_rows(const Tensor& t) {
+  int64_t last = t.dim() - 1;
+  return t.stride(last) == 1 || t.size(last) <= 1 ? t : torch::stable::contiguous(t);
+}
+
+Rows rows(const Tensor& t) {
+  Rows r{t.const_data_ptr(), {}};
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) r.stride[i] = t.stride(i);
+  return r;
+}
+
+Small small(const Tensor& t) {
+  Small s{t.const_data_ptr(), type_of(t), {}};
+  for (int64_t i = 0; i < t.dim(); ++i) s.stride[i] = t.stride(i);
+  return s;
+}
+
+bool past_caches(const Tensor& t, int64_t width) {
+  constexpr int64_t kLarge = int64_t(8) << 20;
+  int64_t bytes = int64_t(t.element_size());
+  return t.numel() * bytes >= kLarge && width * bytes % 64 == 0 &&
+         reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
+}
+
+void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional<ScalarType> type) {
+  STD_TORCH_CHECK(t.is_cpu() && t.layout() == torch::headeronly::Layout::Strided, name, " must be a CPU tensor");
+  STD_TORCH_CHECK(t.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(), " dimensions, got ", t.dim());
+  for (size_t i = 0; i < sizes.size(); ++i)
+    STD_TORCH_CHECK(sizes[i] < 0 || t.size(int64_t(i)) == sizes[i], name, " has size ", t.size(int64_t(i)),
+                    " in dimension ", i, ", not ", sizes[i]);
+  if (type)
+    STD_TORCH_CHECK(t.scalar_type() == *type, name, " has another type than the inputs that it stands beside");
+  else
+    type_of(t);
+}
+
+void expect_between(const char* name, int64_t value, int64_t most) {
+  STD_TORCH_CHECK(value >= 1 && value <= most, name, " must be between 1 and ", most, ", got ", value);
+}
+
+void expect_experts(const std::vector<Tensor>& experts) {
+  expect_between("the number of experts", int64_t(experts.size()), kMaxExperts);
+  expect("experts", experts[0], {-1, -1, -1});
+  Sizes sizes{experts[0].size(0), experts[0].size(1), experts[0].size(2)};
+  for (const Tensor& e : experts) expect("experts", e, sizes, experts[0].scalar_type());
+}
+
+void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  StableIValue stack[] = {from(a), from(b), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+void multiply_add(Tensor& out, const Tensor& a, const Tensor& b) {
+  using torch::stable::detail::from;
+  double one = 1;
+  StableIValue stack[] = {from(out), from(a), from(b), from(one), from(one), from(out)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack, TORCH_ABI_VERSION));
+  torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+namespace {
+
+void set_poison(bool on) { poisoned = on; }
+std::string current_level() { return level_name(); }
+
+}  // namespace
+}  // namespace tiger_fast
+
+STABLE_TORCH_LIBRARY_IMPL(tiger_fast, CompositeExplicitAutograd, m) {
+  m.impl("cpu_empty_cache", TORCH_BOX(&tiger_fast::memory::empty_cache));
+  m.impl("cpu_cached_bytes", TORCH_BOX(&tiger_fast::memory::cached_bytes));
+  m.impl("cpu_cache_limit", TORCH_BOX(&tiger_fast::memory::limit_bytes));
+  m.impl("cpu_level", TORCH_BOX(&tiger_fast::current_level));
+  m.impl("cpu_set_poison", TORCH_BOX(&tiger_fast::set_poison));
+}

@@ -1,0 +1,92 @@
+// What the host side of every op shares: tensors as kernels see them, outputs, products by torch's library, threads, and
+// the choice of an instruction set. Torch is reached through its stable ABI alone.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <vector>
+
+#include "kernels/entry.h"
+#include "kernels/types.h"
+
+namespace tiger_fast {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Sizes = std::vector<int64_t>;
+
+// ---- instruction sets
+
+enum class Level : int { plain, v3, v4 };
+// The best that the processor has, or what TIGER_FAST_CPU_LEVEL asks for (an error if the processor lacks it).
+Level level();
+const char* level_name();
+
+#if TIGER_FAST_HAS_V3_V4
+#define TF_KERNEL(name)                                       \
+  (::tiger_fast::level() == ::tiger_fast::Level::v4   ? &::tiger_fast::v4::name \
+   : ::tiger_fast::level() == ::tiger_fast::Level::v3 ? &::tiger_fast::v3::name \
+                                                      : &::tiger_fast::plain::name)
+#else
+#define TF_KERNEL(name) (&::tiger_fast::plain::name)
+#endif
+
+// ---- types
+
+Type type_of(const Tensor& t);
+ScalarType scalar_type(Type type);
+// float64 for float64, else float32: sums, weights, losses.
+ScalarType accumulator_type(const Tensor& t);
+
+// ---- tensors
+
+// An uninitialised contiguous CPU tensor; a large one from tiger_fast's memory.
+Tensor allocate(const Sizes& sizes, ScalarType type);
+Tensor zeros(const Sizes& sizes, ScalarType type);
+// A view: the same storage, `offset` elements behind t's first.
+Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset = 0);
+Tensor converted(const Tensor& t, ScalarType type);
+// t itself if its last stride is 1 (or it has at most one element along it), else a contiguous copy.
+Tensor with_dense_rows(const Tensor& t);
+
+// What kernels are handed. `rows` wants dense rows; `small` takes any strides.
+Rows rows(const Tensor& t);
+Small small(const Tensor& t);
+
+// Whether to store an output of this size past the caches: it is large, and its rows are aligned to whole vectors.
+bool past_caches(const Tensor& t, int64_t width);
+
+// ---- checks: the raw ops can be called with anything, and nothing wrong may reach a pointer
+
+// A strided CPU tensor of these sizes (-1: any) and of this type (none: any floating one).
+void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional<ScalarType> type = std::nullopt);
+// 1 <= value <= most.
+void expect_between(const char* name, int64_t value, int64_t most);
+// The experts: 1 to 16 tensors (B, N, D) that agree in sizes and type.
+void expect_experts(const std::vector<Tensor>& experts);
+
+// ---- products, by torch's library
+
+// out = a @ b, two-dimensional, any strides that the library takes.
+void multiply(Tensor& out, const Tensor& a, const Tensor& b);
+// out += a @ b.
+void multiply_add(Tensor& out, const Tensor& a, const Tensor& b);
+
+// ---- threads, torch's own
+
+// f(begin, end) over ranges of [0, count), each at least about `grain` long.
+template <typename F>
+void parallel(int64_t count, int64_t grain, const F& f) {
+  if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
+}
+
+// Units of `work` (about an element read or written) that make a thread worth waking.
+constexpr int64_t kGrain = 32768;
+inline int64_t grain_of(int64_t work) { return work >= kGrain ? 1 : kGrain / (work < 1 ? 1 : work); }
+
+}  // namespace tiger_fast

@@ -1,0 +1,20 @@
+// The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
+#pragma once
+
+#include "leave_one_out.h"
+
+#define TF_ENTRIES                             \
+  void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
+  void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end);
+
+namespace tiger_fast {
+namespace plain {
+TF_ENTRIES
+}
+namespace v3 {
+TF_ENTRIES
+}
+namespace v4 {
+TF_ENTRIES
+}
+}  // namespace tiger_fast

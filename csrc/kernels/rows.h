@@ -1,0 +1,109 @@
+// Inner products of rows, and sums of rows: what every kernel does along the width D.
+#pragma once
+
+#include "simd.h"
+
+namespace tiger_fast {
+namespace TIGER_FAST_ISA {
+
+// Where row (i, j, ...) of an input begins.
+template <typename S>
+TF_INLINE const S* row(const Rows& r, int64_t i, int64_t j) {
+  return (const S*)r.data + i * r.stride[0] + j * r.stride[1];
+}
+template <typename S>
+TF_INLINE const S* row(const Rows& r, int64_t i, int64_t j, int64_t k) {
+  return row<S>(r, i, j) + k * r.stride[2];
+}
+template <typename S>
+TF_INLINE const S* row(const Rows& r, int64_t i, int64_t j, int64_t k, int64_t l) {
+  return row<S>(r, i, j, k) + l * r.stride[3];
+}
+
+template <int I, int J, typename S, typename U, typename Left, typename Right>
+TF_INLINE void dots_tile(int64_t width, Left left, Right right, acc_t<S>* out, int64_t stride) {
+  using A = acc_t<S>;
+  Vec<A> sums[I][J] = {};
+  auto step = [&](auto get) TF_LAMBDA {
+    Vec<A> b[J];
+    for (int j = 0; j < J; ++j) b[j] = get(right(j));
+    for (int i = 0; i < I; ++i) {
+      Vec<A> a = get(left(i));
+      for (int j = 0; j < J; ++j) sums[i][j] += a * b[j];
+    }
+  };
+  int64_t d = 0;
+  for (; d + L<A> <= width; d += L<A>) step([&](auto p) TF_LAMBDA { return load(p + d); });
+  if (d < width) step([&](auto p) TF_LAMBDA { return load(p + d, int(width - d)); });
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) out[i * stride + j] = sum(sums[i][j]);
+}
+
+// out[i * stride + j] = left(i) . right(j) for i < rows, j < columns; left gives pointers to S, right to U.
+template <typename S, typename U, typename Left, typename Right>
+TF_INLINE void dots(int rows, int columns, int64_t width, Left left, Right right, acc_t<S>* out, int64_t stride) {
+  constexpr int I = kRegisters == 32 ? 4 : 2, J = 4;
+  for (int i = 0; i < rows; i += I) {
+    for (int j = 0; j < columns; j += J) {
+      auto run = [&](auto r, auto c) TF_LAMBDA {
+        dots_tile<decltype(r)::value, decltype(c)::value, S, U>(
+            width, [&](int x) TF_LAMBDA { return left(i + x); }, [&](int x) TF_LAMBDA { return right(j + x); },
+            out + i * stride + j, stride);
+      };
+      auto by_columns = [&](auto r) TF_LAMBDA {
+        switch (columns - j) {
+          case 1:
+            return run(r, constant<1>{});
+          case 2:
+            return run(r, constant<2>{});
+          case 3:
+            return run(r, constant<3>{});
+          default:
+            return run(r, constant<4>{});
+        }
+      };
+      switch (rows - i) {
+        case 1:
+          by_columns(constant<1>{});
+          break;
+        case 2:
+          by_columns(constant<2>{});
+          break;
+        case 3:
+          by_columns(constant<(I < 3 ? I : 3)>{});
+          break;
+        default:
+          by_columns(constant<I>{});
+      }
+    }
+  }
+}
+
+// Calls step(d, full) for every vector of a row of `width`: step(d, L) in the body, step(d, n < L) for the rest.
+template <typename A, typename Step>
+TF_INLINE void along(int64_t width, Step step) {
+  int64_t d = 0;
+  for (; d + L<A> <= width; d += L<A>) step(d, constant<0>{}, L<A>);
+  if (d < width) step(d, constant<1>{}, int(width - d));
+}
+
+// load / store of one step of `along`.
+template <typename S, typename Partial>
+TF_INLINE Vec<acc_t<S>> get(const S* p, int64_t d, Partial, int n) {
+  if constexpr (Partial::value)
+    return load(p + d, n);
+  else
+    return load(p + d);
+}
+template <typename S, typename Partial>
+TF_INLINE void put(S* p, int64_t d, Vec<acc_t<S>> x, Partial, int n, bool past_caches = false) {
+  if constexpr (Partial::value)
+    store(p + d, x, n);
+  else if (past_caches)
+    stream(p + d, x);
+  else
+    store(p + d, x);
+}
+
+}  // namespace TIGER_FAST_ISA
+}  // namespace tiger_fast

@@ -1,0 +1,344 @@
+// Vectors of the instruction set that this unit is compiled for, and the arithmetic that all kernels share.
+//
+// Kernel units are compiled once per instruction set, with TIGER_FAST_ISA (plain, v3, v4) naming the namespace, so every
+// function here belongs to one set alone. They call nothing inline from the standard library: the linker would keep one
+// copy of it, perhaps the one that the processor cannot run.
+#pragma once
+
+#include <math.h>
+
+#include "types.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#if defined(__GNUC__) && !defined(__clang__)
+// gcc 12 warns of what its own header leaves undefined on purpose (__m512 __Y = __Y), wherever it is inlined.
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+#endif
+
+namespace tiger_fast {
+namespace TIGER_FAST_ISA {
+
+#if defined(__AVX512F__)
+constexpr int kBytes = 64;
+constexpr int kRegisters = 32;
+#elif defined(__AVX2__)
+constexpr int kBytes = 32;
+constexpr int kRegisters = 16;
+#elif defined(__aarch64__)
+constexpr int kBytes = 16;
+constexpr int kRegisters = 32;
+#else
+constexpr int kBytes = 16;
+constexpr int kRegisters = 16;
+#endif
+
+#define TF_INLINE inline __attribute__((always_inline))
+#define TF_LAMBDA __attribute__((always_inline))
+
+// A number as a type, so that a lambda can take it at compile time.
+template <int N>
+struct constant {
+  static constexpr int value = N;
+};
+
+template <typename A>
+struct vector {
+  typedef A type __attribute__((vector_size(kBytes)));
+  typedef A unaligned __attribute__((vector_size(kBytes), aligned(alignof(A)), may_alias));
+};
+// A vector of an accumulator type (float or double); L is how many it holds.
+template <typename A>
+using Vec = typename vector<A>::type;
+template <typename A>
+constexpr int L = kBytes / int(sizeof(A));
+
+using vint = Vec<int32_t>;
+using vuint = Vec<uint32_t>;
+using vfloat = Vec<float>;
+using vdouble = Vec<double>;
+// Half as many bytes: what a load or store of a 16-bit type moves.
+typedef uint16_t vhalf __attribute__((vector_size(kBytes / 2)));
+typedef uint16_t vhalf_unaligned __attribute__((vector_size(kBytes / 2), aligned(2), may_alias));
+
+template <typename A>
+TF_INLINE Vec<A> splat(A x) {
+  Vec<A> v;
+  for (int i = 0; i < L<A>; ++i) v[i] = x;
+  return v;
+}
+
+template <typename A>
+TF_INLINE A smaller(A a, A b) {
+  return b < a ? b : a;
+}
+template <typename A>
+TF_INLINE A larger(A a, A b) {
+  return a < b ? b : a;
+}
+// NaN in either gives NaN, as torch's max does.
+template <typename A>
+TF_INLINE Vec<A> vmax(Vec<A> a, Vec<A> b) {
+  return (a > b) | (a != a) ? a : b;
+}
+
+// ---- 16-bit types
+
+TF_INLINE vfloat widen(vhalf h, bf16) {
+  return (vfloat)(__builtin_convertvector(h, vuint) << 16);
+}
+
+TF_INLINE vhalf narrow(vfloat x, bf16) {
+  // Round to nearest even; a NaN stays a NaN.
+  vuint u = (vuint)x;
+  vuint rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  vuint quiet = (u >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? rounded : quiet, vhalf);
+}
+
+TF_INLINE vfloat widen(vhalf h, f16) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__F16C__)
+  return (vfloat)_mm256_cvtph_ps((__m128i)h);
+#else
+  // Exponent and mantissa moved into place and rescaled by 2^112, which mends subnormals too; inf and NaN apart.
+  vuint u = __builtin_convertvector(h, vuint);
+  vuint magnitude = (u & 0x7fff) << 13;
+  vfloat scaled = (vfloat)magnitude * 0x1p112f;
+  vuint special = (vuint)(magnitude >= (uint32_t)0x0f800000) & (magnitude | 0x7f800000);
+  vuint ordinary = ~(vuint)(magnitude >= (uint32_t)0x0f800000) & (vuint)scaled;
+  return (vfloat)(special | ordinary | ((u & 0x8000) << 16));
+#endif
+}
+
+TF_INLINE vhalf narrow(vfloat x, f16) {
+#if defined(__AVX512F__)
+  return (vhalf)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__F16C__)
+  return (vhalf)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  // Normal results round in the integer domain; subnormal ones by adding 0.5, whose unit in the last place is theirs.
+  vuint u = (vuint)x;
+  vuint sign = (u >> 16) & 0x8000;
+  vuint magnitude = u & 0x7fffffff;
+  vuint normal = (magnitude + 0xc8000fff + ((magnitude >> 13) & 1)) >> 13;
+  vuint subnormal = (vuint)((vfloat)magnitude + 0.5f) - 0x3f000000;
+  vuint nan = vuint{} + 0x7e00, inf = vuint{} + 0x7c00;
+  vuint result = magnitude < (uint32_t)0x38800000 ? subnormal : normal;
+  result = magnitude >= (uint32_t)0x477ff000 ? inf : result;
+  result = magnitude > (uint32_t)0x7f800000 ? nan : result;
+  return __builtin_convertvector(result | sign, vhalf);
+#endif
+}
+
+// ---- loads and stores: memory of a storage type S, values of its accumulator type
+
+template <typename S>
+TF_INLINE Vec<acc_t<S>> load(const S* p) {
+  if constexpr (sizeof(S) == 2) {
+    return widen((vhalf) * (const vhalf_unaligned*)p, S{});
+  } else {
+    return *(const typename vector<S>::unaligned*)p;
+  }
+}
+
+template <typename S>
+TF_INLINE void store(S* p, Vec<acc_t<S>> x) {
+  if constexpr (sizeof(S) == 2) {
+    *(vhalf_unaligned*)p = narrow(x, S{});
+  } else {
+    *(typename vector<S>::unaligned*)p = x;
+  }
+}
+
+// The first n < L elements; the others are zero.
+template <typename S>
+TF_INLINE Vec<acc_t<S>> load(const S* p, int n) {
+  S buffer[L<acc_t<S>>] = {};
+  for (int i = 0; i < n; ++i) buffer[i] = p[i];
+  return load(buffer);
+}
+
+template <typename S>
+TF_INLINE void store(S* p, Vec<acc_t<S>> x, int n) {
+  S buffer[L<acc_t<S>>];
+  store(buffer, x);
+  for (int i = 0; i < n; ++i) p[i] = buffer[i];
+}
+
+// A store past the caches, for outputs that do not fit them; p must be aligned to the vector's bytes (half of them for
+// a 16-bit type). `fence` orders such stores before what the thread does next.
+template <typename S>
+TF_INLINE void stream(S* p, Vec<acc_t<S>> x) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(S) == 2) {
+    _mm256_stream_si256((__m256i*)p, (__m256i)narrow(x, S{}));
+  } else {
+    _mm512_stream_si512((__m512i*)p, (__m512i)x);
+  }
+#elif defined(__AVX2__)
+  if constexpr (sizeof(S) == 2) {
+    _mm_stream_si128((__m128i*)p, (__m128i)narrow(x, S{}));
+  } else {
+    _mm256_stream_si256((__m256i*)p, (__m256i)x);
+  }
+#elif defined(__x86_64__)
+  if constexpr (sizeof(S) == 2) {
+    store(p, x);
+  } else {
+    _mm_stream_si128((__m128i*)p, (__m128i)x);
+  }
+#else
+  store(p, x);
+#endif
+}
+
+TF_INLINE void fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// One element as its accumulator type.
+template <typename S>
+TF_INLINE acc_t<S> value(S x) {
+  if constexpr (sizeof(S) == 2) {
+    return widen(vhalf{x.bits}, S{})[0];
+  } else {
+    return x;
+  }
+}
+
+template <typename S>
+TF_INLINE S rounded(acc_t<S> x) {
+  if constexpr (sizeof(S) == 2) {
+    return S{narrow(vfloat{x}, S{})[0]};
+  } else {
+    return x;
+  }
+}
+
+// Element of a small input of any type.
+template <typename A>
+TF_INLINE A at(const Small& s, int64_t offset) {
+  switch (s.type) {
+    case Type::f32:
+      return A(((const float*)s.data)[offset]);
+    case Type::f64:
+      return A(((const double*)s.data)[offset]);
+    case Type::bf16:
+      return A(value(((const bf16*)s.data)[offset]));
+    case Type::f16:
+      return A(value(((const f16*)s.data)[offset]));
+  }
+  return A(0);
+}
+
+// A row of `count` elements as accumulators: the row itself where it is stored so, else a copy in `scratch`.
+template <typename S>
+TF_INLINE const acc_t<S>* widened(const S* p, int64_t count, acc_t<S>* scratch) {
+  if constexpr (sizeof(S) != 2) {
+    return p;
+  } else {
+    int64_t i = 0;
+    for (; i + L<float> <= count; i += L<float>) store(scratch + i, load(p + i));
+    if (i < count) store(scratch + i, load(p + i, int(count - i)), int(count - i));
+    return scratch;
+  }
+}
+
+// ---- sums over lanes, in one fixed order
+
+#if defined(__x86_64__)
+TF_INLINE float sum4(__m128 x) {
+  x = _mm_add_ps(x, _mm_movehl_ps(x, x));
+  return _mm_cvtss_f32(_mm_add_ss(x, _mm_shuffle_ps(x, x, 1)));
+}
+TF_INLINE double sum2(__m128d x) { return _mm_cvtsd_f64(_mm_add_sd(x, _mm_unpackhi_pd(x, x))); }
+#endif
+
+TF_INLINE float sum(vfloat x) {
+#if defined(__AVX512F__)
+  __m256 y = _mm256_add_ps(_mm512_castps512_ps256((__m512)x), _mm512_extractf32x8_ps((__m512)x, 1));
+  return sum4(_mm_add_ps(_mm256_castps256_ps128(y), _mm256_extractf128_ps(y, 1)));
+#elif defined(__AVX2__)
+  return sum4(_mm_add_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1)));
+#elif defined(__x86_64__)
+  return sum4((__m128)x);
+#else
+  return (x[0] + x[2]) + (x[1] + x[3]);
+#endif
+}
+
+TF_INLINE double sum(vdouble x) {
+#if defined(__AVX512F__)
+  __m256d y = _mm256_add_pd(_mm512_castpd512_pd256((__m512d)x), _mm512_extractf64x4_pd((__m512d)x, 1));
+  return sum2(_mm_add_pd(_mm256_castpd256_pd128(y), _mm256_extractf128_pd(y, 1)));
+#elif defined(__AVX2__)
+  return sum2(_mm_add_pd(_mm256_castpd256_pd128((__m256d)x), _mm256_extractf128_pd((__m256d)x, 1)));
+#else
+  return x[0] + x[1];
+#endif
+}
+
+template <typename A>
+TF_INLINE A highest(Vec<A> x) {
+  A best = x[0];
+  for (int i = 1; i < L<A>; ++i) best = x[i] > best || x[i] != x[i] ? x[i] : best;
+  return best;
+}
+
+// ---- exp and log: within 2 units in the last place for float; libm, lane by lane, for double
+
+TF_INLINE vfloat exp(vfloat x) {
+  // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its series; 2^n in two factors, so that subnormal results come out too.
+  x = x < -104.f ? splat(-104.f) : x;
+  x = x > 89.f ? splat(89.f) : x;
+  vfloat shifted = x * 0x1.715476p0f + 0x1.8p23f;  // the addition rounds to an integer
+  vfloat n = shifted - 0x1.8p23f;
+  vint i = (vint)shifted - 0x4b400000;
+  vfloat r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
+  vfloat p = splat(0x1.6850e4p-10f);
+  p = p * r + 0x1.123bccp-7f;
+  p = p * r + 0x1.555b98p-5f;
+  p = p * r + 0x1.55548ep-3f;
+  p = p * r + 0x1.fffff8p-2f;
+  p = (p * r * r + r) + 1.f;
+  vint first = i >> 1;
+  return p * (vfloat)((first + 127) << 23) * (vfloat)((i - first + 127) << 23);
+}
+
+TF_INLINE vfloat log(vfloat x) {
+  // x = 2^e m with m in [sqrt(1/2), sqrt(2)); log m by the series of atanh in s = (m - 1) / (m + 1).
+  vint tiny = (vint)(x < 0x1p-126f);
+  vfloat y = tiny ? x * 0x1p24f : x;
+  vint bits = (vint)y;
+  vint e = ((bits - 0x3f3504f3) >> 23);
+  vfloat m = (vfloat)(bits - (e << 23));
+  vfloat n = __builtin_convertvector(e + (tiny & -24), vfloat);
+  vfloat f = m - 1.f;
+  vfloat s = f / (f + 2.f);
+  vfloat z = s * s;
+  vfloat w = z * (0.6666666269302368f + z * (0.4000097215175629f + z * (0.2849878668785095f + z * 0.2427907884120941f)));
+  vfloat half = f * f * 0.5f;
+  vfloat result = n * 0x1.62e4p-1f + (f - (half - (s * (half + w) + n * 0x1.7f7d1cp-20f)));
+  result = x == 0.f ? splat(-INFINITY) : result;
+  result = x < 0.f ? splat(NAN) : result;
+  // inf and NaN as they came.
+  return ((vint)x & 0x7f800000) == 0x7f800000 && (x > 0.f || x != x) ? x : result;
+}
+
+TF_INLINE vdouble exp(vdouble x) {
+  for (int i = 0; i < L<double>; ++i) x[i] = ::exp(x[i]);
+  return x;
+}
+
+TF_INLINE vdouble log(vdouble x) {
+  for (int i = 0; i < L<double>; ++i) x[i] = ::log(x[i]);
+  return x;
+}
+
+}  // namespace TIGER_FAST_ISA
+}  // namespace tiger_fast

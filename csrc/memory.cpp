@@ -1,0 +1,130 @@
+#include "memory.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <mutex>
+#include <new>
+#include <vector>
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+namespace tiger_fast {
+namespace memory {
+namespace {
+
+constexpr size_t kHugePage = size_t(2) << 20;
+
+struct Block {
+  void* data;
+  size_t size;
+};
+
+struct Cache {
+  std::mutex mutex;
+  std::vector<Block> blocks;  // oldest first
+  size_t bytes = 0;
+  size_t limit = 0;
+
+  Cache() {
+    if (const char* mebibytes = std::getenv("TIGER_FAST_CACHE_MIB")) {
+      limit = size_t(std::strtoull(mebibytes, nullptr, 10)) << 20;
+    } else {
+      size_t physical = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+      limit = std::min(size_t(1) << 30, physical / 8);
+    }
+  }
+};
+
+// Never destroyed: tensors may outlive every static object.
+Cache& cache() {
+  static Cache* instance = [] {
+    auto* made = new Cache;
+    // A process that forks while another thread holds the lock must not inherit it held.
+    pthread_atfork([] { cache().mutex.lock(); }, [] { cache().mutex.unlock(); }, [] { cache().mutex.unlock(); });
+    return made;
+  }();
+  return *instance;
+}
+
+void* map(size_t size) {
+  size_t padded = size + kHugePage;
+  void* start = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (start == MAP_FAILED) throw std::bad_alloc();
+  auto address = reinterpret_cast<uintptr_t>(start);
+  uintptr_t aligned = (address + kHugePage - 1) / kHugePage * kHugePage;
+  if (aligned > address) munmap(start, aligned - address);
+  size_t behind = address + padded - (aligned + size);
+  if (behind) munmap(reinterpret_cast<void*>(aligned + size), behind);
+  auto* data = reinterpret_cast<void*>(aligned);
+#if defined(MADV_HUGEPAGE)
+  madvise(data, size, MADV_HUGEPAGE);
+#endif
+  return data;
+}
+
+}  // namespace
+
+void* acquire(size_t bytes, size_t* size) {
+  size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
+  Cache& c = cache();
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    // The smallest kept block that is large enough and wastes at most a quarter; the newest of those, whose lines may
+    // still be in a cache.
+    auto best = c.blocks.end();
+    for (auto it = c.blocks.begin(); it != c.blocks.end(); ++it)
+      if (it->size >= wanted && it->size <= wanted + std::max(wanted / 4, kHugePage) &&
+          (best == c.blocks.end() || it->size <= best->size))
+        best = it;
+    if (best != c.blocks.end()) {
+      Block found = *best;
+      c.blocks.erase(best);
+      c.bytes -= found.size;
+      *size = found.size;
+      return found.data;
+    }
+  }
+  *size = wanted;
+  return map(wanted);
+}
+
+void release(void* block, size_t size) {
+  Cache& c = cache();
+  std::vector<Block> dropped;
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    c.blocks.push_back({block, size});
+    c.bytes += size;
+    size_t oldest = 0;
+    while (c.bytes > c.limit) {
+      dropped.push_back(c.blocks[oldest]);
+      c.bytes -= c.blocks[oldest++].size;
+    }
+    c.blocks.erase(c.blocks.begin(), c.blocks.begin() + std::ptrdiff_t(oldest));
+  }
+  for (const Block& b : dropped) munmap(b.data, b.size);
+}
+
+void empty_cache() {
+  Cache& c = cache();
+  std::vector<Block> dropped;
+  {
+    std::lock_guard<std::mutex> lock(c.mutex);
+    dropped.swap(c.blocks);
+    c.bytes = 0;
+  }
+  for (const Block& b : dropped) munmap(b.data, b.size);
+}
+
+int64_t cached_bytes() {
+  Cache& c = cache();
+  std::lock_guard<std::mutex> lock(c.mutex);
+  return int64_t(c.bytes);
+}
+
+int64_t limit_bytes() { return int64_t(cache().limit); }
+
+}  // namespace memory
+}  // namespace tiger_fast

@@ -1,0 +1,53 @@
+"""The "cpu" backend: the compiled kernels of csrc/, if this installation has them."""
+
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from tiger_fast.ops.leave_one_out import leave_one_out
+from tiger_fast.ops.library import LIBRARY
+
+for _schema in (
+    "cpu_empty_cache() -> ()",
+    "cpu_cached_bytes() -> int",
+    "cpu_cache_limit() -> int",
+    "cpu_level() -> str",
+    "cpu_set_poison(bool on) -> ()",
+):
+    LIBRARY.define(_schema)
+
+# What the compiled library runs; everything else runs the reference.
+NATIVE: dict[str, Callable] = {
+    "leave_one_out": leave_one_out,
+}
+
+
+def _load() -> bool:
+    # The variable lets a build with a sanitizer, or of another instruction set, take the place of the installed one.
+    path = Path(os.environ.get("TIGER_FAST_NATIVE_LIBRARY") or Path(__file__).parents[1] / "_native.abi3.so")
+    if not path.exists():
+        reason = "was installed without its compiled CPU kernels (no C++ compiler was found, or TIGER_FAST_NATIVE=0)"
+    else:
+        try:
+            torch.ops.load_library(path)
+            return True
+        except OSError as error:
+            reason = f"cannot load its compiled CPU kernels: {error}"
+    warnings.warn(f"tiger_fast {reason}; on CPUs it runs the slower reference backend", stacklevel=2)
+    return False
+
+
+LOADED = _load()
+
+
+def empty_cache() -> None:
+    """Returns the memory that the "cpu" backend keeps for later outputs to the system.
+
+    It keeps blocks of at least 1 MiB that no tensor uses any more, at most TIGER_FAST_CACHE_MIB mebibytes of them, by
+    default 1 GiB or an eighth of the machine's memory, whichever is less.
+    """
+    if LOADED:
+        torch.ops.tiger_fast.cpu_empty_cache()

@@ -1,0 +1,35 @@
+"""The torch.library namespace `tiger_fast`, and what the ops' autograd.Functions share.
+
+Schemas and shape functions are defined here in Python, so they exist whether or not a compiled backend does; a backend
+adds its kernels to them under its dispatch key.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+LIBRARY = torch.library.Library("tiger_fast", "DEF")
+
+
+def define(schema: str, fake: Callable) -> None:
+    """Defines an op, "name(arguments) -> results", and the function that gives its results' shapes."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"tiger_fast::{name}", fake, lib=LIBRARY)
+
+
+def mask(needs: Iterable[bool]) -> int:
+    """The gradients that are wanted, as bits of an int: what the backward ops take."""
+    return sum(1 << i for i, needed in enumerate(needs) if needed)
+
+
+def wanted(needs: int, *likes: Tensor | None) -> list[Tensor]:
+    """For the shape functions: an empty dense tensor for each of `likes` whose bit is set."""
+    return [like.new_empty(like.shape) for i, like in enumerate(likes) if needs >> i & 1]
+
+
+def spread(needs: Sequence[bool], gradients: Iterable[Tensor]) -> list[Tensor | None]:
+    """The gradients in the places where they are needed, None elsewhere."""
+    remaining = iter(gradients)
+    return [next(remaining) if needed else None for needed in needs]
