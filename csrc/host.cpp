@@ -1,5 +1,7 @@
 #include "host.h"
 
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+
 #include <cstdlib>
 #include <cstring>
 #include <string>
@@ -129,7 +131,7 @@ Tensor zeros(const Sizes& sizes, ScalarType type) {
 Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset) {
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
-      t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), t.storage_offset() + offset, &handle));
+      t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
 
@@ -167,10 +169,8 @@ void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional
   for (size_t i = 0; i < sizes.size(); ++i)
     STD_TORCH_CHECK(sizes[i] < 0 || t.size(int64_t(i)) == sizes[i], name, " has size ", t.size(int64_t(i)),
                     " in dimension ", i, ", not ", sizes[i]);
-  if (type)
-    STD_TORCH_CHECK(t.scalar_type() == *type, name, " has another type than the inputs that it stands beside");
-  else
-    type_of(t);
+  ScalarType own = scalar_type(type_of(t));
+  STD_TORCH_CHECK(!type || own == *type, name, " has another type than the inputs that it stands beside");
 }
 
 void expect_between(const char* name, int64_t value, int64_t most) {
@@ -184,19 +184,34 @@ void expect_experts(const std::vector<Tensor>& experts) {
   for (const Tensor& e : experts) expect("experts", e, sizes, experts[0].scalar_type());
 }
 
-void multiply(Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  StableIValue stack[] = {from(a), from(b), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack, TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+void multiply(Tensor& out, const Tensor& a, const Tensor& b, double alpha, bool add) {
+  // The dispatcher's shim takes no Scalar arguments, hence this one, which also stays below autograd.
+  STABLE_TORCH_ERROR_CODE_CHECK(
+      aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, alpha));
 }
 
-void multiply_add(Tensor& out, const Tensor& a, const Tensor& b) {
-  using torch::stable::detail::from;
-  double one = 1;
-  StableIValue stack[] = {from(out), from(a), from(b), from(one), from(one), from(out)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::addmm", "out", stack, TORCH_ABI_VERSION));
-  torch::stable::detail::to<Tensor>(stack[0]);
+Tensor flattened(const Tensor& t) {
+  int64_t batch = t.size(0), tokens = t.size(1), width = t.size(2);
+  bool viewable = t.stride(2) == 1 && (batch <= 1 || tokens <= 1 || t.stride(0) == tokens * t.stride(1));
+  if (!viewable) return flattened(torch::stable::contiguous(t));
+  return view(t, {batch * tokens, width}, {tokens > 1 ? t.stride(1) : t.stride(0), 1});
+}
+
+Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,
+              int64_t tokens, double scale) {
+  Tensor out = allocate({groups, size}, partial.scalar_type());
+  Sums a{partial.scalar_type() == ScalarType::Double,
+         partial.const_data_ptr(),
+         out.mutable_data_ptr(),
+         size,
+         chunks.count,
+         chunks.size,
+         per_sample,
+         tokens,
+         scale};
+  auto kernel = TF_KERNEL(sums);
+  parallel(groups * ((size + 1023) / 1024), 8, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  return out;
 }
 
 namespace {

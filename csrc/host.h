@@ -72,10 +72,10 @@ void expect_experts(const std::vector<Tensor>& experts);
 
 // ---- products, by torch's library
 
-// out = a @ b, two-dimensional, any strides that the library takes.
-void multiply(Tensor& out, const Tensor& a, const Tensor& b);
-// out += a @ b.
-void multiply_add(Tensor& out, const Tensor& a, const Tensor& b);
+// out = alpha * a @ b, or that added to out; two-dimensional, any strides.
+void multiply(Tensor& out, const Tensor& a, const Tensor& b, double alpha = 1, bool add = false);
+// (B, N, D) as (B N, D): a view where the strides allow one, else a copy.
+Tensor flattened(const Tensor& t);
 
 // ---- threads, torch's own
 
@@ -84,6 +84,10 @@ template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
 }
+
+// `scale` times the sums of `partial`'s slots (see Sums): (groups, size) of the accumulator type.
+Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,
+              int64_t tokens, double scale = 1);
 
 // Units of `work` (about an element read or written) that make a thread worth waking.
 constexpr int64_t kGrain = 32768;

@@ -2,10 +2,16 @@
 #pragma once
 
 #include "leave_one_out.h"
+#include "route.h"
+#include "sums.h"
 
-#define TF_ENTRIES                             \
+#define TF_ENTRIES                                                    \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
-  void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end);
+  void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
+  void route(const Route&, int64_t begin, int64_t end);               \
+  void conditions(const Conditions&, int64_t begin, int64_t end);     \
+  void route_backward(const RouteBackward&, int64_t begin, int64_t end); \
+  void sums(const Sums&, int64_t begin, int64_t end);
 
 namespace tiger_fast {
 namespace plain {

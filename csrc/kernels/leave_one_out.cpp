@@ -35,18 +35,6 @@ struct Token {
   TF_INLINE A share(int t, int k, A w) const { return sums[t][k] == 0 ? A(0) : w / sums[t][k]; }
 };
 
-// One row of the output: sum over the M - 1 others of share * row.
-template <int MEMBERS, typename S>
-TF_INLINE void mix(const S* const* rows, const acc_t<S>* shares, int members, int64_t width, S* out, bool past_caches) {
-  using A = acc_t<S>;
-  int others = MEMBERS ? MEMBERS : members;
-  along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-    Vec<A> total = {};
-    for (int j = 0; j < others; ++j) total += shares[j] * get(rows[j], d, partial, n);
-    put(out, d, total, partial, n, past_caches);
-  });
-}
-
 template <typename S>
 void forward(const LeaveOneOut& a, int64_t begin, int64_t end) {
   using A = acc_t<S>;
@@ -66,19 +54,7 @@ void forward(const LeaveOneOut& a, int64_t begin, int64_t end) {
             shares[others++] = token.share(t, k, token.weights[t][j]);
           }
         S* out = (S*)a.out + (((b * a.tasks + t) * members + k) * a.tokens + n) * a.width;
-        switch (others) {
-          case 1:
-            mix<1>(rows, shares, others, a.width, out, a.past_caches);
-            break;
-          case 2:
-            mix<2>(rows, shares, others, a.width, out, a.past_caches);
-            break;
-          case 3:
-            mix<3>(rows, shares, others, a.width, out, a.past_caches);
-            break;
-          default:
-            mix<0>(rows, shares, others, a.width, out, a.past_caches);
-        }
+        mix(rows, shares, others, a.width, out, a.past_caches);
       }
   }
   fence();
@@ -129,7 +105,7 @@ void backward(const LeaveOneOutBackward& a, int64_t begin, int64_t end) {
             rows[count] = grad(t, k);
             shares[count++] = token.share(t, k, token.weights[t][j]);
           }
-      mix<0>(rows, shares, count, in.width, (S*)a.grad_experts[j] + r * in.width, in.past_caches);
+      mix(rows, shares, count, in.width, (S*)a.grad_experts[j] + r * in.width, in.past_caches);
     }
   }
   fence();

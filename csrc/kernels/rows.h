@@ -105,5 +105,33 @@ TF_INLINE void put(S* p, int64_t d, Vec<acc_t<S>> x, Partial, int n, bool past_c
     store(p + d, x);
 }
 
+template <int COUNT, typename From, typename S>
+TF_INLINE void mix_of(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
+                      bool past_caches) {
+  along<acc_t<S>>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+    Vec<acc_t<S>> total = {};
+    for (int j = 0; j < (COUNT ? COUNT : count); ++j) total += shares[j] * get(rows[j], d, partial, n);
+    put(out, d, total, partial, n, past_caches);
+  });
+}
+
+// out = sum over j < count of shares[j] * rows[j].
+template <typename From, typename S>
+TF_INLINE void mix(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
+                   bool past_caches) {
+  switch (count) {
+    case 1:
+      return mix_of<1>(rows, shares, count, width, out, past_caches);
+    case 2:
+      return mix_of<2>(rows, shares, count, width, out, past_caches);
+    case 3:
+      return mix_of<3>(rows, shares, count, width, out, past_caches);
+    case 4:
+      return mix_of<4>(rows, shares, count, width, out, past_caches);
+    default:
+      return mix_of<0>(rows, shares, count, width, out, past_caches);
+  }
+}
+
 }  // namespace TIGER_FAST_ISA
 }  // namespace tiger_fast

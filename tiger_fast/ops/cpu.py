@@ -9,6 +9,7 @@ import torch
 
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import LIBRARY
+from tiger_fast.ops.route import route
 
 for _schema in (
     "cpu_empty_cache() -> ()",
@@ -21,6 +22,7 @@ for _schema in (
 
 # What the compiled library runs; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "route": route,
     "leave_one_out": leave_one_out,
 }
 
