@@ -156,9 +156,8 @@ def interleave(
 
 
 def _warm(call: Call, plan: Plan, clock: Clock) -> int:
-    # Warm-up by time, at least two calls: the first may compile, load libraries and grow a memory pool. Returns how many
-    # calls make a sample.
-    call()
+    # Warm-up by time, at least one call. Returns how many calls make a sample, from the fastest: the first may compile,
+    # load libraries and grow a memory pool.
     fastest, begin = math.inf, clock()
     while True:
         start = clock()
