@@ -76,9 +76,7 @@ class Cost:
     products: tuple[tuple[int, int, int], ...] = ()
 
     def __add__(self, other: "Cost") -> "Cost":
-        return Cost(
-            self.bytes + other.bytes, self.operations + other.operations, (*self.products, *other.products)
-        )
+        return Cost(self.bytes + other.bytes, self.operations + other.operations, (*self.products, *other.products))
 
 
 class Case:

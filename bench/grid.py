@@ -74,7 +74,9 @@ def cells(op: str) -> list[tuple[Sizes, dict[str, Any]]]:
 def measure(op: str, sizes: Sizes, keywords: Mapping[str, Any], direction: str) -> Row:
     """Ours against the reference in one cell; a cell that looks slower is measured twice."""
     case = Case(op, sizes, **keywords)
-    calls = {name: case.call(case.function(b), direction) for name, b in (("ours", ours(op)), ("reference", "reference"))}
+    calls = {
+        name: case.call(case.function(b), direction) for name, b in (("ours", ours(op)), ("reference", "reference"))
+    }
 
     def clear(samples: Mapping[str, list[float]]) -> bool:
         return all(r / o > CLEAR for o, r in zip(samples["ours"], samples["reference"], strict=True))
@@ -150,7 +152,9 @@ def _times(cell: Mapping[str, Any]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench.grid", description=__doc__)
-    parser.add_argument("--op", action="append", choices=OPS, help="this op; may be repeated (default: all native ones)")
+    parser.add_argument(
+        "--op", action="append", choices=OPS, help="this op; may be repeated (default: all native ones)"
+    )
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     options = parser.parse_args(arguments)

@@ -16,8 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import timing
 from bench.cases import DIRECTIONS, OPS, Case, Sizes, native_ops
 
@@ -61,7 +59,10 @@ def _trim() -> None:
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """A Markdown table, in MB of 10^6 bytes."""
-    lines = ["| op | direction | backend | arguments | results | peak extra | beyond results | kept |", "|---" * 8 + "|"]
+    lines = [
+        "| op | direction | backend | arguments | results | peak extra | beyond results | kept |",
+        "|---" * 8 + "|",
+    ]
     for row in rows:
         for direction, found in row["directions"].items():
             beyond = found["peak"] - found["returned"]

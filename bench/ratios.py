@@ -17,6 +17,7 @@ import torch
 from bench import timing
 from bench.cases import DIRECTIONS, OPS, TARGETS, TOLERANCE, Case, ours, peers
 from bench.timing import Plan, Ratio
+from tiger_fast.ops.cpu import empty_cache
 
 # An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
 # on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
@@ -34,16 +35,22 @@ FLOOR_SECONDS = 5e-6
 
 
 def measure(
-    op: str, direction: str, *, plan: Plan, only: Sequence[str] | None, compiled: bool, bandwidth: timing.Bandwidth | None
+    op: str,
+    direction: str,
+    *,
+    plan: Plan,
+    only: Sequence[str] | None,
+    compiled: bool,
+    limits: bool,
 ) -> dict[str, Any]:
-    """One row: ours and the peers, interleaved, and, given a bandwidth, the floor from limits measured now.
+    """One row: ours and the peers, interleaved, then the machine's limits and the floor that follows from them.
 
     Args:
         op, direction: what to measure.
         plan: how long.
         only: names of the peers; None: all.
         compiled: torch.compile among the peers.
-        bandwidth: of copies, measured in this run.
+        limits: measure those too, and ours with its kept memory given back before every call.
     """
     torch.compiler.reset()
     case = Case(op)
@@ -51,6 +58,8 @@ def measure(
     functions = {name: f for name, f in peers(case, compiled).items() if only is None or name in only}
     calls = {"ours": case.call(case.function(backend), direction)}
     calls |= {name: case.call(function, direction) for name, function in functions.items()}
+    if limits and backend == "cpu":
+        calls["emptied"] = _emptied(calls["ours"])
     compared = timing.compare(calls, ours="ours", reference="eager", tolerance=TOLERANCE, plan=plan)
     row = {
         "op": op,
@@ -62,13 +71,23 @@ def measure(
         "errors": compared.errors,
         "refused": compared.refused,
     }
-    if bandwidth is not None and compared.timings:
-        row["limit"] = _limit(case, direction, bandwidth, compared.timings["ours"].median)
+    if limits and compared.timings:
+        row["limit"] = _limit(case, direction, compared.timings["ours"].median)
     return row
 
 
-def _limit(case: Case, direction: str, bandwidth: timing.Bandwidth, seconds: float) -> dict[str, Any]:
+def _emptied(call: timing.Call) -> timing.Call:
+    def emptied() -> Any:
+        empty_cache()
+        return call()
+
+    return emptied
+
+
+def _limit(case: Case, direction: str, seconds: float) -> dict[str, Any]:
+    # Beside each row, not once: what other processes take of the machine changes while the table is made.
     cost, n = case.cost(direction), case.sizes
+    bandwidth = timing.copy_bandwidth(Plan(warmup=0.05, seconds=0.4))
     # An op without products is held against the library's rate for one of its width: more than its loops can reach.
     rate = timing.product_rate(cost.products or [(n.B * n.N, n.D, n.D)], Plan(warmup=0.1, seconds=0.3))
     by = {"bytes": cost.bytes / bandwidth.reused, "operations": cost.operations / rate}
@@ -76,6 +95,7 @@ def _limit(case: Case, direction: str, bandwidth: timing.Bandwidth, seconds: flo
     return {
         "bytes": cost.bytes,
         "operations": cost.operations,
+        "bandwidth": asdict(bandwidth),
         "product_rate": rate,
         "floor": floor,
         "held_by": max(by, key=by.get),
@@ -86,9 +106,7 @@ def _limit(case: Case, direction: str, bandwidth: timing.Bandwidth, seconds: flo
 
 def run(options: argparse.Namespace, *, limits: bool) -> dict[str, Any]:
     """All rows of this process, printed as they come."""
-    facts = timing.provenance()
-    bandwidth = timing.copy_bandwidth(Plan(seconds=1.0)) if limits else None
-    result = {"provenance": facts, "bandwidth": bandwidth and asdict(bandwidth), "rows": []}
+    result: dict[str, Any] = {"provenance": timing.provenance(), "rows": []}
     for op in options.op or OPS:
         for direction in options.direction or DIRECTIONS:
             print(f"measuring {op} {direction}", file=sys.stderr, flush=True)
@@ -98,7 +116,7 @@ def run(options: argparse.Namespace, *, limits: bool) -> dict[str, Any]:
                 plan=Plan(seconds=options.seconds),
                 only=options.peers,
                 compiled=options.compile,
-                bandwidth=bandwidth,
+                limits=limits,
             )
             result["rows"].append(row)
     return result
@@ -124,13 +142,23 @@ def table(result: Mapping[str, Any]) -> str:
     """The result as a Markdown table, and a line for every peer that was refused."""
     kept = {(row["op"], row["direction"]): row for row in result.get("kept", {}).get("rows", ())}
     names = [c for c in COLUMNS if any(c in row["ratios"] for row in result["rows"])]
-    header = ["op", "direction", "ours", "ms (quartiles)", *names, "target", "eager, kept memory", "of the limit"]
+    header = [
+        "op",
+        "direction",
+        "ours",
+        "ms (quartiles)",
+        *names,
+        "target",
+        "eager, kept memory",
+        "emptied",
+        "of the limit",
+    ]
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     notes = []
     for row in result["rows"]:
         key = row["op"], row["direction"]
         cells = [*key, row["backend"], _milliseconds(row), *(_ratio(row, name) for name in names)]
-        cells += [_target(row), _ratio(kept[key], "eager") if key in kept else "", _share(row)]
+        cells += [_target(row), _ratio(kept[key], "eager") if key in kept else "", _ratio(row, "emptied"), _share(row)]
         lines.append("| " + " | ".join(cells) + " |")
         notes += [f"{row['op']} {row['direction']}: {name} {why}" for name, why in row["refused"].items()]
     return "\n".join([*lines, *notes])
@@ -179,6 +207,17 @@ def _share(row: Mapping[str, Any]) -> str:
     return f"{limit['share']:.0%} of {limit['floor'] * 1e3:.3g} ms ({limit['held_by']})"
 
 
+def _limits(rows: Sequence[Mapping[str, Any]]) -> str:
+    found = [row["limit"] for row in rows if "limit" in row]
+    values = {
+        "copy into a reused buffer, GB/s": [limit["bandwidth"]["reused"] / 1e9 for limit in found],
+        "into a fresh one, GB/s": [limit["bandwidth"]["fresh"] / 1e9 for limit in found],
+        "products at the ops' shapes, GFLOP/s": [limit["product_rate"] / 1e9 for limit in found],
+    }
+    spans = [f"{name} {min(some):.1f}-{max(some):.1f}" for name, some in values.items() if some]
+    return f"limits, lowest and highest of the rows: {'; '.join(spans)}\n" if spans else ""
+
+
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m bench.ratios", description=__doc__)
     parser.add_argument("--op", action="append", choices=OPS, help="this op; may be repeated (default: all)")
@@ -206,9 +245,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json:
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     print(timing.describe(result["provenance"]))
-    if result["bandwidth"]:
-        speeds = {name: value / 1e9 for name, value in result["bandwidth"].items()}
-        print(f"copy: {speeds['reused']:.1f} GB/s into a reused buffer, {speeds['fresh']:.1f} GB/s into a fresh one\n")
+    print(_limits(result["rows"]))
     print(table(result))
 
 

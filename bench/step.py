@@ -108,7 +108,12 @@ def profiled(call: Callable[[], Any], top: int) -> list[dict[str, Any]]:
     events = [e for e in recorded.key_averages() if e.self_cpu_time_total > 0]
     total = sum(e.self_cpu_time_total for e in events)
     rows = [
-        {"name": e.key, "calls": e.count, "seconds": e.self_cpu_time_total / 1e6, "share": e.self_cpu_time_total / total}
+        {
+            "name": e.key,
+            "calls": e.count,
+            "seconds": e.self_cpu_time_total / 1e6,
+            "share": e.self_cpu_time_total / total,
+        }
         for e in sorted(events, key=lambda e: -e.self_cpu_time_total)
     ]
     own = [row for row in rows if "tiger_fast" in row["name"]]
