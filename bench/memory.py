@@ -18,6 +18,7 @@ from typing import Any
 
 from bench import timing
 from bench.cases import DIRECTIONS, OPS, Case, Sizes, native_ops
+from tiger_fast.ops.cpu import empty_cache
 
 MB = 1e6
 
@@ -39,6 +40,7 @@ def measure(op: str, backend: str) -> dict[str, dict[str, int]]:
         small = Case(op, replace(Sizes(), B=1, N=8))
         small.call(small.function(backend), direction)()
         call = case.call(case.function(backend), direction)
+        empty_cache()
         _trim()  # what tensor_bytes, which runs the reference, has left in glibc's heap
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
