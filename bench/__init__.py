@@ -1,0 +1,1 @@
+"""Measurements of tiger_fast: what they are and how to read them is in bench/README.md. Not installed."""
