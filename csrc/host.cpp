@@ -102,7 +102,8 @@ ScalarType accumulator_type(const Tensor& t) {
 
 Tensor allocate(const Sizes& sizes, ScalarType type) {
   size_t bytes = bytes_of(type);
-  for (int64_t s : sizes) bytes *= size_t(s);
+  for (int64_t s : sizes)
+    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size_t(s), &bytes), "the result's size overflows 64 bits");
   Tensor made = [&] {
     if (bytes < memory::kSmallest)
       return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
