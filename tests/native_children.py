@@ -162,7 +162,10 @@ def wrong_tensors(value: Tensor) -> Iterator[tuple[str, object]]:
         yield f"one less along {dim}", value.narrow(dim, 0, size - 1)
         yield f"none along {dim}", value.narrow(dim, 0, 0)
         yield f"one more along {dim}", guarded(torch.cat([value, value.narrow(dim, 0, 1)], dim))
-        yield f"33 along {dim}", value.narrow(dim, 0, 1).expand([33 if i == dim else s for i, s in enumerate(value.shape)])
+        yield (
+            f"33 along {dim}",
+            value.narrow(dim, 0, 1).expand([33 if i == dim else s for i, s in enumerate(value.shape)]),
+        )
         yield (
             f"2^50 along {dim}",
             value.narrow(dim, 0, 1).expand([1 << 50 if i == dim else s for i, s in enumerate(value.shape)]),
@@ -178,7 +181,10 @@ def wrong_tensors(value: Tensor) -> Iterator[tuple[str, object]]:
         yield "NaN", torch.full_like(value, float("nan"))
     elif value.dtype != torch.bool:
         for extreme in (-1, -(1 << 31), (1 << 31) - 1, 1 << 40):
-            yield f"all {extreme}", torch.full_like(value, 0 if abs(extreme) >> 31 > 1 and value.itemsize < 8 else extreme)
+            yield (
+                f"all {extreme}",
+                torch.full_like(value, 0 if abs(extreme) >> 31 > 1 and value.itemsize < 8 else extreme),
+            )
 
 
 def wrong_values(value: object) -> Iterator[tuple[str, object]]:
@@ -210,7 +216,16 @@ def wrong_values(value: object) -> Iterator[tuple[str, object]]:
             yield f"{wrong.dtype} {tuple(wrong.shape)}", wrong
 
 
-ALWAYS_REFUSED = ("one more dimension", "as torch.complex64", "as torch.uint8", "meta", "sparse", "a number", "empty", "17 of")
+ALWAYS_REFUSED = (
+    "one more dimension",
+    "as torch.complex64",
+    "as torch.uint8",
+    "meta",
+    "sparse",
+    "a number",
+    "empty",
+    "17 of",
+)
 
 
 def bad_input() -> None:
@@ -225,7 +240,8 @@ def bad_input() -> None:
             continue
         for operator, arguments in raw_calls(name, transform(guarded, make(name, torch.float32, B=2, N=3))):
             arguments = [
-                transform(guarded, {"": value})[""] if isinstance(value, (Tensor, list)) else value for value in arguments
+                transform(guarded, {"": value})[""] if isinstance(value, (Tensor, list)) else value
+                for value in arguments
             ]
             for i, value in enumerate(arguments):
                 for what, wrong in wrong_values(value):
