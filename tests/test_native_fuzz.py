@@ -2,7 +2,8 @@
 which gradients are wanted.
 
 The suite runs the same few cases each time. `--fuzz-cases 10000` (`make fuzz`) draws new ones, as many as it says in
-all, and prints what fails as a Trial(...); `python tests/test_native_fuzz.py "Trial(...)"` runs that one again.
+all, and prints what fails as a Trial(...); `python tests/test_native_fuzz.py "Trial(...)"` runs that one again. Where a
+case ends the process, it stands in .hypothesis/last_trial.
 """
 
 import sys
@@ -195,8 +196,11 @@ def test_random_calls_agree_with_the_reference(function, pytestconfig):
     )
     @given(trial=trials(function))
     def run(trial: Trial) -> None:
+        last.write_text(repr(trial))
         trial.run()
 
+    last = pytestconfig.rootpath / ".hypothesis" / "last_trial"
+    last.parent.mkdir(exist_ok=True)
     run()
 
 
