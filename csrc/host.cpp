@@ -102,7 +102,8 @@ ScalarType accumulator_type(const Tensor& t) {
 
 Tensor allocate(const Sizes& sizes, ScalarType type) {
   size_t bytes = bytes_of(type);
-  for (int64_t s : sizes) bytes *= size_t(s);
+  for (int64_t s : sizes)
+    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size_t(s), &bytes), "the result's size overflows 64 bits");
   Tensor made = [&] {
     if (bytes < memory::kSmallest)
       return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
@@ -193,8 +194,9 @@ void multiply(Tensor& out, const Tensor& a, const Tensor& b, double alpha, bool 
 Tensor flattened(const Tensor& t) {
   int64_t batch = t.size(0), tokens = t.size(1), width = t.size(2);
   bool viewable = t.stride(2) == 1 && (batch <= 1 || tokens <= 1 || t.stride(0) == tokens * t.stride(1));
-  if (!viewable) return flattened(torch::stable::contiguous(t));
-  return view(t, {batch * tokens, width}, {tokens > 1 ? t.stride(1) : t.stride(0), 1});
+  if (viewable) return view(t, {batch * tokens, width}, {tokens > 1 ? t.stride(1) : t.stride(0), 1});
+  // A copy, or t itself where only steps that are never taken differ from a dense tensor's.
+  return view(torch::stable::contiguous(t), {batch * tokens, width}, {width, 1});
 }
 
 Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,

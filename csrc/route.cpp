@@ -163,6 +163,7 @@ std::vector<Tensor> route_backward(std::optional<Tensor> grad_tokens, std::optio
     b.grad_weights = small(*grad_weights);
   }
   auto need = [&](int64_t bit) { return bool(needs >> bit & 1); };
+  STD_TORCH_CHECK(base_bias || !need(kBaseBias), "base_bias is absent, so it has no gradient");
   int64_t count = a.batch * a.tokens, columns = route_padded(a.rank), row = route_padded(a.width);
   Chunks chunks(count);
   b.chunk = chunks.size;

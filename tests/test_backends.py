@@ -133,6 +133,27 @@ def test_show_config_says_what_is_absent():
     assert ("not in this release" in text) == bool(ABSENT)
 
 
+@pytest.mark.skipif("cpu" in ABSENT, reason="this installation has no compiled CPU kernels")
+def test_show_config_states_the_level_and_the_memory_that_is_kept():
+    ops = torch.ops.tiger_fast
+    tiger_fast.empty_cache()
+    (line,) = [line for line in tiger_fast.show_config().splitlines() if line.startswith("cpu: ")]
+    assert f"level {ops.cpu_level()}," in line
+    assert f"keeps 0 of at most {ops.cpu_cache_limit() >> 20} MiB" in line and "TIGER_FAST_CACHE_MIB" in line
+    arguments = make("leave_one_out", torch.float32, B=1, T=1, M=2, N=3000, D=256)
+    tiger_fast.functional.leave_one_out(**arguments, backend="cpu")
+    assert f"keeps {ops.cpu_cached_bytes() >> 20} of" in tiger_fast.show_config() and ops.cpu_cached_bytes() > 0
+    tiger_fast.empty_cache()
+    assert "keeps 0 of" in tiger_fast.show_config()
+
+
+def test_the_cache_can_be_emptied_whatever_is_installed(monkeypatch):
+    tiger_fast.empty_cache()
+    monkeypatch.setattr(backends.cpu, "LOADED", False)
+    tiger_fast.empty_cache()
+    assert "keeps" not in tiger_fast.show_config()
+
+
 def test_reference_is_always_available():
     assert "reference" in tiger_fast.available_backends()
     assert set(tiger_fast.available_backends()) <= set(BACKENDS)

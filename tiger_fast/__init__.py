@@ -3,7 +3,7 @@
 from tiger_fast import functional
 from tiger_fast._version import __version__
 from tiger_fast.nn import CounterfactualLoss, Router, TaskInstructionEncoder
-from tiger_fast.ops import available_backends, show_config, use_backend
+from tiger_fast.ops import available_backends, empty_cache, show_config, use_backend
 
 __all__ = [
     "CounterfactualLoss",
@@ -11,6 +11,7 @@ __all__ = [
     "TaskInstructionEncoder",
     "__version__",
     "available_backends",
+    "empty_cache",
     "functional",
     "show_config",
     "use_backend",

@@ -93,7 +93,10 @@ def use_backend(backend: str) -> Iterator[None]:
 
 
 def show_config() -> str:
-    """A table, as text: for each function of the contract, what each backend runs ("native" or "reference")."""
+    """A table, as text: for each function of the contract, what each backend runs ("native" or "reference").
+
+    Below it the instruction set of the compiled CPU kernels, and how much memory they keep for later outputs.
+    """
     names = available_backends()
     width = max(map(len, OPS))
     lines = [f"tiger_fast {__version__}, torch {torch.__version__}"]
@@ -101,6 +104,8 @@ def show_config() -> str:
     for op in OPS:
         cells = ["native" if op in _NATIVE[name] and name != "reference" else "reference" for name in names]
         lines.append(" ".join([f"{op:<{width}}", *(f"{cell:>10}" for cell in cells)]))
+    if cpu.LOADED:
+        lines.append(cpu.describe())
     absent = [name for name in BACKENDS if name not in names]
     if absent:
         lines.append(f"not in this release: {', '.join(absent)}")

@@ -53,3 +53,10 @@ def empty_cache() -> None:
     """
     if LOADED:
         torch.ops.tiger_fast.cpu_empty_cache()
+
+
+def describe() -> str:
+    """The instruction set that the kernels run with, and the memory that they keep, in a line."""
+    ops = torch.ops.tiger_fast
+    kept, limit = ops.cpu_cached_bytes() >> 20, ops.cpu_cache_limit() >> 20
+    return f"cpu: level {ops.cpu_level()}, keeps {kept} of at most {limit} MiB for later outputs (TIGER_FAST_CACHE_MIB)"

@@ -5,9 +5,11 @@ adds its kernels to them under its dispatch key.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 LIBRARY = torch.library.Library("tiger_fast", "DEF")
 
@@ -15,8 +17,17 @@ LIBRARY = torch.library.Library("tiger_fast", "DEF")
 def define(schema: str, fake: Callable) -> None:
     """Defines an op, "name(arguments) -> results", and the function that gives its results' shapes."""
     name = schema.partition("(")[0]
+
+    @wraps(fake)
+    def on_one_device(*arguments: object) -> object:
+        # A meta tensor beside others brings the call here, where the results would be uninitialised memory.
+        devices = {t.device for t in tree_leaves(arguments) if isinstance(t, Tensor)}
+        if len(devices) > 1:
+            raise RuntimeError(f"tiger_fast::{name} takes tensors of one device, got {sorted(map(str, devices))}")
+        return fake(*arguments)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"tiger_fast::{name}", fake, lib=LIBRARY)
+    torch.library.register_fake(f"tiger_fast::{name}", on_one_device, lib=LIBRARY)
 
 
 def mask(needs: Iterable[bool]) -> int:

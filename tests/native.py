@@ -1,0 +1,173 @@
+"""What the tests of the compiled CPU kernels share: which cases they run, a comparison with the reference that knows
+what a type can hold, a record of operator calls, and memory that shows an access too far."""
+
+import ctypes
+import math
+import mmap
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from helpers import CASES, PLAIN, call, replaced, tensors, transform
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tiger_fast.ops import cpu
+
+FUNCTIONS = tuple(cpu.NATIVE) if cpu.LOADED else ()
+NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
+NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
+
+TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SPACING = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10}
+
+
+# --- comparison -----------------------------------------------------------------------------------------------------
+
+
+def run(
+    name: str,
+    arguments: dict,
+    cotangents: Sequence[Tensor | None],
+    backend: str = "cpu",
+    needs: Iterable[str] | None = None,
+) -> tuple[tuple[Tensor, ...], dict[str, Tensor | None]]:
+    """The outputs of a case, and the gradients with respect to `needs` (None: every floating tensor).
+
+    A cotangent None stands for an output whose gradient is absent."""
+    floating = {key: t for key, t in tensors(arguments).items() if t.is_floating_point()}
+    wanted = {key: t.detach().requires_grad_() for key, t in floating.items() if needs is None or key in needs}
+    outputs = call(name, replaced(arguments, wanted), backend=backend)
+    given = [(o, c) for o, c in zip(outputs, cotangents, strict=True) if c is not None and o.requires_grad]
+    found = [None] * len(wanted)
+    if given:
+        found = torch.autograd.grad(
+            [o for o, _ in given], list(wanted.values()), [c for _, c in given], allow_unused=True
+        )
+    return tuple(o.detach() for o in outputs), dict(zip(wanted, found, strict=True))
+
+
+def random_cotangents(name: str, arguments: dict, seed: int = 1) -> list[Tensor]:
+    """One for each output, in its type."""
+    with torch.no_grad():
+        outputs = call(name, arguments, backend="cpu")
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+
+
+def exactly(values: object) -> object:
+    """The same numbers in float64."""
+    if isinstance(values, dict):
+        return transform(lambda t: t.double() if t.is_floating_point() else t, values)
+    return [None if value is None else value.double() for value in values]
+
+
+def error(value: Tensor, exact: Tensor) -> float:
+    assert value.shape == exact.shape, (tuple(value.shape), tuple(exact.shape))
+    return (value.double() - exact).abs().max().item() if value.numel() else 0.0
+
+
+def check_one(what: str, value: Tensor, eager: Tensor, exact: Tensor, factor: float = 2) -> None:
+    """|value - exact| <= factor |eager - exact| + atol, each the largest over the tensor.
+
+    atol is one spacing of the value's type at the tensor's magnitude, as its last rounding may need, and rounding of
+    sums in the accumulator, at that magnitude or at 1, the magnitude of what differences are taken of."""
+    assert value.dtype == eager.dtype, (what, value.dtype, eager.dtype)
+    if not exact.numel():
+        assert value.shape == exact.shape, what
+        return
+    scale = exact.abs().max().item()
+    sums = SPACING[torch.float64 if value.dtype == torch.float64 else torch.float32]
+    allowed = factor * error(eager, exact) + SPACING[value.dtype] * scale + 64 * sums * (1 + scale)
+    found = error(value, exact)
+    assert found <= allowed or math.isnan(allowed), f"{what}: off by {found:.3g}, allowed {allowed:.3g} at {scale:.3g}"
+
+
+def check(
+    name: str,
+    arguments: dict,
+    cotangents: Sequence[Tensor | None] | None = None,
+    needs: Iterable[str] | None = None,
+    factor: float = 2,
+    with_native: Callable = run,
+) -> None:
+    """Compares values and gradients, three ways: the kernels, the reference in the same types, and in float64."""
+    given = random_cotangents(name, arguments) if cotangents is None else cotangents
+    outputs, found = with_native(name, arguments, given, needs=needs)
+    eager, eager_found = run(name, arguments, given, "reference", needs)
+    exact, exact_found = run(name, exactly(arguments), exactly(given), "reference", needs)
+    for i, values in enumerate(zip(outputs, eager, exact, strict=True)):
+        assert values[0].is_contiguous()
+        check_one(f"{name}: output {i}", *values, factor=factor)
+    for key, value in found.items():
+        if value is None or exact_found[key] is None:
+            assert value is None or not value.any(), f"{name}: {key} must have no gradient"
+            assert exact_found[key] is None or not exact_found[key].any(), f"{name}: {key} has no gradient"
+        else:
+            assert value.dtype == tensors(arguments)[key].dtype
+            other = torch.zeros_like(value) if eager_found[key] is None else eager_found[key]
+            check_one(f"{name}: gradient of {key}", value, other, exact_found[key], factor)
+
+
+# --- operator calls -------------------------------------------------------------------------------------------------
+
+
+class Recorder(TorchDispatchMode):
+    """Every operator that is called within, in order: (operator, arguments, result)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple] = []
+
+    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+        result = operator(*arguments, **(keywords or {}))
+        self.calls.append((operator, arguments, result))
+        return result
+
+    def native(self) -> list[tuple]:
+        """The calls of this library's operators."""
+        return [entry for entry in self.calls if entry[0].namespace == "tiger_fast"]
+
+
+def raw_calls(name: str, arguments: dict) -> list[tuple]:
+    """The calls of this library's operators in a forward and a backward pass, their tensors detached."""
+    cotangents = random_cotangents(name, arguments)
+    with Recorder() as recorder:
+        run(name, arguments, cotangents)
+    return [(operator, map_tensors(torch.detach, values)) for operator, values, _ in recorder.native()]
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], values: Sequence) -> list:
+    """The arguments of an operator with `function` applied to each tensor."""
+
+    def one(value: object) -> object:
+        if isinstance(value, Tensor):
+            return function(value)
+        return [one(member) for member in value] if isinstance(value, (list, tuple)) else value
+
+    return [one(value) for value in values]
+
+
+# --- memory ---------------------------------------------------------------------------------------------------------
+
+_NORESERVE = 0x4000  # Linux's MAP_NORESERVE, which Python names from 3.13 on
+
+
+def lazily_mapped(count: int, dtype: torch.dtype) -> Tensor:
+    """`count` zeros that take address space and no memory until they are touched. Raises OSError if refused."""
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NORESERVE
+    return torch.frombuffer(mmap.mmap(-1, count * dtype.itemsize, flags=flags), dtype=dtype)
+
+
+def guarded(value: Tensor) -> Tensor:
+    """A dense copy whose last element is followed by memory that nobody may read."""
+    if not value.numel():
+        return value
+    bytes_ = value.numel() * value.element_size()
+    pages = -(-bytes_ // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, pages + mmap.PAGESIZE)
+    behind = ctypes.addressof(ctypes.c_char.from_buffer(memory)) + pages
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(behind), ctypes.c_size_t(mmap.PAGESIZE), 0):
+        raise OSError(ctypes.get_errno(), "mprotect")
+    copy = torch.frombuffer(memory, dtype=value.dtype, count=value.numel(), offset=pages - bytes_).view(value.shape)
+    return copy.copy_(value)
