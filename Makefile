@@ -16,30 +16,65 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-table test resume-check lint clean
+.PHONY: help demo demo-table test resume-check lint clean native built abi-check asan ubsan fuzz
+
+# What the sanitizers and the check against other torch versions run.
+NATIVE_TESTS ?= tests/test_conformance.py tests/test_functional.py \
+    $(filter-out tests/test_native_build.py,$(wildcard tests/test_native*.py))
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
-demo: $(STAMP)  ## set up, train tiger-tiny and its controls on the embedded data, write runs/demo/
+demo: built  ## set up, train tiger-tiny and its controls on the embedded data, write runs/demo/
 	$(PY) -m tiger_fast demo $(DEMO_ARGS)
 
-demo-table: $(STAMP)  ## run the demo with three seeds and write docs/demo.md from the reports (half an hour)
+demo-table: built  ## run the demo with three seeds and write docs/demo.md from the reports (half an hour)
 	for seed in 0 1 2; do $(PY) -m tiger_fast demo --seed $$seed --out runs/demo-$$seed || exit 1; done
 	$(PY) -m tiger_fast.training.demo_table runs/demo-0 runs/demo-1 runs/demo-2 --out docs/demo.md
 
-test: $(STAMP)  ## set up, run the tests
+test: built  ## set up, compile csrc/ where a compiler is found, run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
-resume-check: $(STAMP)  ## set up, kill and restart fifty training runs (five minutes)
+resume-check: built  ## set up, kill and restart fifty training runs (five minutes)
 	$(PY) -m pytest tests/test_resume.py --slow -s -k fifty
+
+native: $(STAMP)  ## compile csrc/ into tiger_fast/_native.abi3.so; what has not changed is not compiled again
+	$(PY) csrc/build_native.py
+
+built: $(STAMP)
+	@$(PY) csrc/build_native.py --optional
+
+abi-check:  ## build with the oldest torch, run with the newest, and the other way round (downloads 5 GB, keeps 11)
+	PYTHON=$(PYTHON) NATIVE_TESTS="$(NATIVE_TESTS)" csrc/abi_check.sh
+
+# The interpreter is not instrumented, so the sanitizer's library has to be there before it; libstdc++ beside it, or the
+# first exception that C++ throws aborts. Python and torch never free much of what they allocate: leaks are not looked for.
+asan: export LD_PRELOAD_FOR_TESTS = $(shell $(CXX) -print-file-name=libasan.so) $(shell $(CXX) -print-file-name=libstdc++.so)
+asan: export ASAN_OPTIONS = detect_leaks=0
+asan: $(STAMP)  ## run NATIVE_TESTS with AddressSanitizer in the native library
+	$(call sanitized,address)
+
+ubsan: export UBSAN_OPTIONS = print_stacktrace=1
+ubsan: $(STAMP)  ## run NATIVE_TESTS with UndefinedBehaviorSanitizer in the native library
+	$(call sanitized,undefined)
+
+# The line in the middle fails where the instrumented library does not load, as the tests would run without it.
+define sanitized
+CXX="$(CXX)" $(PY) csrc/build_native.py --sanitize $(1) --output build/$(1)/_native.so
+export LD_PRELOAD="$$LD_PRELOAD_FOR_TESTS" TIGER_FAST_NATIVE_LIBRARY=$(CURDIR)/build/$(1)/_native.so; \
+    $(PY) -c 'import tiger_fast; assert "cpu" in tiger_fast.available_backends()' && \
+    $(PY) -m pytest -q -p no:cacheprovider $(NATIVE_TESTS) $(PYTEST_ARGS)
+endef
+
+fuzz: built  ## ten thousand random calls against the reference in float64
+	$(PY) -m pytest tests/test_native_fuzz.py --fuzz-cases 10000 $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## set up, check style and formatting
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-clean:  ## remove .venv, caches and build leftovers; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
+clean:  ## remove .venv, the native library, caches and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist tiger_fast/_native.* *.egg-info .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.py pyproject.toml constraints.txt

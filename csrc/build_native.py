@@ -200,8 +200,9 @@ def build(output: Path, sanitize: str | None = None) -> None:
         raise BuildError("the headers of torch {}.{} or newer were not found".format(*OLDEST_TORCH))
     objects, extra = OBJECTS, ()
     if sanitize:
-        # Little optimisation: reports name the right lines, and the instrumented kernels compile in reasonable time.
-        objects, extra = output.parent, ("-O1", "-g", "-fno-omit-frame-pointer", *SANITIZERS[sanitize])
+        # No optimisation: it multiplies the time that the instrumented kernels take to compile, and drops faulty loads
+        # whose value is not used before the sanitizer sees them.
+        objects, extra = output.parent, ("-O0", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitize])
     made = compile_all(compiler, torch, objects, extra)
     # Python loads torch's libraries for itself alone (RTLD_LOCAL), so the library has to name the one it needs. By then
     # that one is loaded and is found by its name, so no search path is written into the library on Linux.
