@@ -52,14 +52,16 @@ def from_root(program: str, *, root: Path) -> str:
 
 
 def pip(*arguments: str | Path, cwd: Path) -> None:
-    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", cwd=cwd)
+    # Without native code: tests/test_native_build.py is about that.
+    env = {**os.environ, "TIGER_FAST_NATIVE": "0"}
+    run(sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments, "--no-deps", cwd=cwd, env=env)
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository, symbolic links kept, with a module in kernels/ and weights to ship."""
     copy = tmp_path_factory.mktemp("checkout") / "repository"
-    leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "__pycache__", "lightning_logs")
+    leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", "lightning_logs")
     shutil.copytree(ROOT, copy, symlinks=True, ignore=leftovers)
     (copy / "kernels" / "probe.py").write_text("ANSWER = 42\n")
     for name in PROBE_WEIGHTS:
