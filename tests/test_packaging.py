@@ -61,7 +61,9 @@ def pip(*arguments: str | Path, cwd: Path) -> None:
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository, symbolic links kept, with a module in kernels/ and weights to ship."""
     copy = tmp_path_factory.mktemp("checkout") / "repository"
-    leftovers = shutil.ignore_patterns(".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", "lightning_logs")
+    leftovers = shutil.ignore_patterns(
+        ".*", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", "lightning_logs"
+    )
     shutil.copytree(ROOT, copy, symlinks=True, ignore=leftovers)
     (copy / "kernels" / "probe.py").write_text("ANSWER = 42\n")
     for name in PROBE_WEIGHTS:
