@@ -111,7 +111,7 @@ Tensor allocate(const Sizes& sizes, ScalarType type) {
     void* data = memory::acquire(bytes, &size);
     Sizes strides = dense_strides(sizes);
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_from_blob(
+    TORCH_ERROR_CODE_CHECK(torch_from_blob(
         data, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), -1, &handle,
         aoti_torch_layout_strided(), nullptr, 0,
@@ -131,7 +131,7 @@ Tensor zeros(const Sizes& sizes, ScalarType type) {
 
 Tensor view(const Tensor& t, const Sizes& sizes, const Sizes& strides, int64_t offset) {
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
+  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(
       t.get(), int64_t(sizes.size()), sizes.data(), strides.data(), offset, &handle));
   return Tensor(handle);
 }
@@ -187,7 +187,7 @@ void expect_experts(const std::vector<Tensor>& experts) {
 
 void multiply(Tensor& out, const Tensor& a, const Tensor& b, double alpha, bool add) {
   // The dispatcher's shim takes no Scalar arguments, hence this one, which also stays below autograd.
-  STABLE_TORCH_ERROR_CODE_CHECK(
+  TORCH_ERROR_CODE_CHECK(
       aoti_torch_cpu_addmm_out(out.get(), out.get(), a.get(), b.get(), add ? 1.0 : 0.0, alpha));
 }
 
