@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import make_boxed_compiler
-from helpers import CASES, SIZES, call, leaves, make, replaced, tensors, transform
+from helpers import ACTIVATIONS, CASES, SIZES, call, leaves, make, replaced, tensors, transform
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
@@ -184,7 +184,7 @@ def token_slices(function: str, outputs: tuple, found: dict, where: slice) -> li
     """The part of outputs and gradients that belongs to some tokens."""
     last = function == "counterfactual_losses"
     parts = [o[..., where] if last else o[..., where, :] for o in outputs if o.dim() > 2 or last]
-    names = ("query", "experts", "q", "k", "v", "qkv", "x", "projections", "weights")
+    names = (*ACTIVATIONS[function], "weights")
     return parts + [g[..., where, :] for key, g in found.items() if key.partition("[")[0] in names and g is not None]
 
 
