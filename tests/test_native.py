@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from functorch.compile import make_boxed_compiler
-from helpers import CASES, SIZES, call, leaves, make, replaced, tensors, transform
+from helpers import ACTIVATIONS, CASES, SIZES, call, leaves, make, replaced, tensors, transform
 from torch._dynamo.backends.common import aot_autograd
 from torch.autograd.graph import saved_tensors_hooks
 from torch.autograd.profiler import profile
@@ -46,6 +46,10 @@ from native_children import SCENARIOS
 ops = torch.ops.tiger_fast
 MIB = 1 << 20
 LOW = (torch.bfloat16, torch.float16)
+
+
+# Products by torch's library need not be the same at another number of threads.
+BY_TORCH = ("route", "adapter")
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -169,6 +173,38 @@ def test_rows_of_any_width_are_summed_whole(function, dtype):
 @pytest.mark.parametrize("name", NATIVE_CASES)
 def test_many_tokens_in_chunks_agree_with_the_reference(name):
     check(name, arguments_of(name, torch.float32, B=2, N=301, D=36))
+
+
+# At these sizes the wide gradients, and outputs, pass 8 MiB and are stored past the caches.
+WIDE = ("route", "leave_one_out", "counterfactual_losses", "group_attention", "group_attention_packed", "adapter")
+WIDE += ("competency_aggregate",)
+
+
+def token_slices(function: str, outputs: tuple, found: dict, where: slice) -> list[torch.Tensor]:
+    """The part of outputs and gradients that belongs to some tokens."""
+    last = function == "counterfactual_losses"
+    parts = [o[..., where] if last else o[..., where, :] for o in outputs if o.dim() > 2 or last]
+    names = (*ACTIVATIONS[function], "weights")
+    return parts + [g[..., where, :] for key, g in found.items() if key.partition("[")[0] in names and g is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name in NATIVE_PLAIN if CASES[name].function in WIDE])
+def test_large_outputs_hold_what_small_ones_do(name, dtype):
+    tokens = (8 * MIB) // (256 * dtype.itemsize)
+    arguments = make(name, dtype, B=1, T=1, M=2, G=2, N=tokens, D=256, C=8, R=4)
+    cotangents = random_cotangents(name, arguments)
+    function, whole = CASES[name].function, run(name, arguments, cotangents)
+    for where in (slice(0, 3), slice(tokens // 2, tokens // 2 + 3), slice(tokens - 3, tokens)):
+
+        def part(value: torch.Tensor, where: slice = where) -> torch.Tensor:
+            axes = [i for i, size in enumerate(value.shape) if size == tokens]
+            return value.narrow(axes[0], where.start, 3) if axes else value
+
+        few = run(name, transform(part, arguments), [part(c) for c in cotangents])
+        for a, b in zip(token_slices(function, *whole, where), token_slices(function, *few, slice(None)), strict=True):
+            close = torch.equal(a, b) if function not in BY_TORCH else torch.allclose(a.float(), b.float(), 2e-2, 1e-2)
+            assert close, (where, (a.float() - b.float()).abs().max())
 
 
 # --- operators, compilers, autograd ---------------------------------------------------------------------------------
@@ -352,16 +388,12 @@ def test_little_is_saved_for_the_backward(name):
     numbers = SIZES | CASES[name].sizes | sizes
     tokens = numbers["B"] * numbers["N"]
     extra = sorted(t.numel() for owner, t in kept.items() if owner not in given)
-    # Routing weights, per-token sums and losses are small; of (B, N, D + R) there may be one.
+    # Routing weights, per-token sums and losses are small; beyond these there may be (B, N, D + R) in all.
     small = tokens * numbers["T"] * (numbers["M"] + 1)
-    large = [size for size in extra if size > small]
-    assert len(large) <= 1 and sum(large) <= tokens * (numbers["D"] + numbers["R"]), extra
+    assert sum(size for size in extra if size > small) <= tokens * (numbers["D"] + numbers["R"]), extra
 
 
 # --- threads --------------------------------------------------------------------------------------------------------
-
-# Products by torch's library need not be the same at another number of threads.
-BY_TORCH = ("route", "adapter")
 
 
 @pytest.fixture
@@ -474,7 +506,7 @@ HOLDERS = {
         lambda held: held.as_strided((1, 1, 2, 1536, 256), (0, 0, 1536 * 256, 256, 1)),
     ),
     "a detached tensor": (torch.Tensor.detach, lambda held: held),
-    "a graph": (kept_for_a_gradient, lambda held: held.grad_fn._saved_self),
+    "a graph": (kept_for_a_gradient, lambda held: held.grad_fn._saved_other),
     "an array": (torch.Tensor.numpy, torch.from_numpy),
     "a storage": (torch.Tensor.untyped_storage, lambda held: torch.empty(0).set_(held, 0, (1, 1, 2, 1536, 256))),
     "a dict": (lambda out: {"out": [out]}, lambda held: held["out"][0]),
@@ -605,26 +637,32 @@ def copies(name: str, arguments: dict, cotangents: list) -> list[int]:
     return [math.prod(shape) for shape in sizes]
 
 
+# Sizes at which every tensor with tokens has more elements than any parameter that may be packed: B N > D R.
+TOKENS = {"N": 101, "D": 64, "R": 3, "C": 16}
+
+
 def rows_elsewhere(value: torch.Tensor) -> torch.Tensor:
-    """Wide tensors with rows dense and all else strided; small ones any way round."""
+    """Tensors with tokens have dense rows, parts of longer ones, and their other axes in another order."""
     return inner_first(sliced_rows(value)) if value.dim() > 2 else value
 
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_strided_rows_are_not_copied(name):
-    arguments = transform(rows_elsewhere, arguments_of(name, torch.float32, N=37, D=64, C=16))
+    arguments = arguments_of(name, torch.float32, **TOKENS)
+    # What a product of torch's library reads must have its tokens at one step.
+    factors = {key: sliced_rows(arguments[key]) for key in ("query", "x") if key in arguments}
+    arguments = transform(rows_elsewhere, arguments) | factors
     cotangents = [rows_elsewhere(c) for c in random_cotangents(name, arguments)]
-    tokens = 2 * 37
-    assert not [size for size in copies(name, arguments, cotangents) if size >= tokens]
+    assert not [size for size in copies(name, arguments, cotangents) if size >= 2 * TOKENS["N"]]
 
 
 @pytest.mark.parametrize("name", [name for name in NATIVE_PLAIN if "experts" in make(name)])
 def test_experts_that_are_views_of_one_tensor_are_not_copied(name):
-    arguments = make(name, torch.float32, N=37, D=64)
+    arguments = make(name, torch.float32, **TOKENS)
     whole = torch.stack(arguments["experts"], dim=2)  # (B, N, M, D): neighbours in memory, and no (B, N, D) is dense
     arguments["experts"] = list(whole.unbind(2))
     cotangents = random_cotangents(name, arguments)
-    assert not [size for size in copies(name, arguments, cotangents) if size >= 2 * 37]
+    assert not [size for size in copies(name, arguments, cotangents) if size >= 2 * TOKENS["N"]]
     check(name, arguments, cotangents)
     stacked = arguments | {"experts": torch.stack(arguments["experts"], dim=1)}
     for a, b in zip(run(name, stacked, cotangents)[0], run(name, arguments, cotangents)[0], strict=True):
@@ -633,7 +671,7 @@ def test_experts_that_are_views_of_one_tensor_are_not_copied(name):
 
 @pytest.mark.skipif("group_attention" not in FUNCTIONS, reason="group_attention has no kernel here")
 def test_views_of_a_packed_projection_are_not_copied():
-    qkv = make("group_attention_packed", torch.float32, N=37, D=64)["qkv"]
+    qkv = make("group_attention_packed", torch.float32, **TOKENS)["qkv"]
     arguments = dict(zip("qkv", qkv.chunk(3, dim=-1), strict=True)) | {"num_heads": 2}
     cotangents = random_cotangents("group_attention", arguments)
     assert not copies("group_attention", arguments, cotangents)
@@ -642,10 +680,10 @@ def test_views_of_a_packed_projection_are_not_copied():
 
 @pytest.mark.parametrize("name", [name for name in NATIVE_PLAIN if {"weights", "delta"} & set(make(name))])
 def test_small_inputs_of_any_strides_are_not_copied(name):
-    arguments = make(name, torch.float32, N=37)
+    arguments = make(name, torch.float32, **TOKENS)
     small = {key: reversed_axes(value) for key, value in arguments.items() if key in ("weights", "delta", "target")}
     arguments |= small
-    assert not [size for size in copies(name, arguments, random_cotangents(name, arguments)) if size >= 2 * 37]
+    assert not [size for size in copies(name, arguments, random_cotangents(name, arguments)) if size >= 2 * TOKENS["N"]]
 
 
 FAR = 2**31 + 64
