@@ -167,10 +167,11 @@ void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional
   for (size_t i = 0; i < sizes.size(); ++i)
     STD_TORCH_CHECK(sizes[i] < 0 || t.size(int64_t(i)) == sizes[i], name, " has size ", t.size(int64_t(i)),
                     " in dimension ", i, ", not ", sizes[i]);
-  if (type)
+  if (type) {
     STD_TORCH_CHECK(t.scalar_type() == *type, name, " has another type than the inputs that it stands beside");
-  else
+  } else {
     type_of(t);
+  }
 }
 
 void expect_between(const char* name, int64_t value, int64_t most) {
