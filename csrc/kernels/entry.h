@@ -1,11 +1,14 @@
 // The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
 #pragma once
 
+#include "group_attention.h"
 #include "leave_one_out.h"
 #include "route.h"
 #include "sums.h"
 
 #define TF_ENTRIES                                                    \
+  void group_attention(const GroupAttention&, int64_t begin, int64_t end); \
+  void group_attention_backward(const GroupAttentionBackward&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import LIBRARY
 from tiger_fast.ops.route import route
@@ -23,6 +24,8 @@ for _schema in (
 # What the compiled library runs; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
     "route": route,
+    "group_attention": group_attention,
+    "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
 }
 

@@ -1,0 +1,390 @@
+// Group attention (TIGER sec. 3.4): at every token on its own, the G members attend to each other.
+//
+// Maths:   P = softmax over j of (q_i / sqrt(head)) . k_j, out_i = sum over j of P_ij v_j, for each head.
+//          dP_ij = dout_i . v_j, dS_ij = P_ij (dP_ij - sum over l of P_il dP_il),
+//          dq_i = sum over j of dS_ij k_j / sqrt(head), dk_j = sum over i of dS_ij q_i / sqrt(head),
+//          dv_j = sum over i of P_ij dout_i. P is computed again rather than saved.
+// Bytes:   forward reads 3 G and writes G units of B N D elements; backward reads 4 G and writes 3 G.
+// Layout:  a token and a block of its heads at a time. Each row is read once, into a tile of accumulators in the first
+//          cache, padded with zeros to whole vectors: rows G apart in memory lie a multiple of 4 KiB apart, more of them
+//          than a cache has ways. Scores are kept as scores[j][x] with x = h G + i, so that in the softmax every lane is
+//          a row of its own.
+#include "group_attention.h"
+
+#include "entry.h"
+#include "rows.h"
+
+namespace tiger_fast {
+namespace TIGER_FAST_ISA {
+
+// Elements of all tiles of a block: 16 KiB of floats. The least that holds a vector of each of 4 G rows is 2048.
+constexpr int kTile = 4096;
+// Rows (h, i) of scores in a block; stores of four lanes may reach 3 further.
+constexpr int kScoreRows = 64, kScoreStride = 80;
+
+// How a head block is cut: `heads` of them at a time and `width` channels of each, or parts of one head.
+struct Cut {
+  int heads;
+  int64_t width;   // channels taken at a time: all of a head, or a multiple of the vector
+  int64_t padded;  // those, rounded up to whole vectors
+
+  template <typename A>
+  static TF_INLINE Cut of(const GroupAttention& a, int rows) {
+    int64_t padded = (a.head + L<A> - 1) / L<A> * L<A>;
+    if (padded * rows > kTile) {
+      int64_t part = kTile / rows / L<A> * L<A>;
+      return {1, part, part};
+    }
+    int64_t most = kTile / (padded * rows), scores = kScoreRows / a.members;
+    most = smaller(smaller(most, scores), a.heads);
+    int64_t blocks = (a.heads + most - 1) / most;
+    return {int((a.heads + blocks - 1) / blocks), a.head, padded};
+  }
+};
+
+template <typename A>
+struct Scores {
+  alignas(kBytes) A at[kMaxGroup * kScoreStride] = {};
+};
+
+// x in the first n lanes, 0 in the others.
+template <typename A>
+TF_INLINE Vec<A> first(Vec<A> x, int n) {
+  for (int i = 0; i < L<A>; ++i) x[i] = i < n ? x[i] : A(0);
+  return x;
+}
+
+// The members' rows of one head block, `heads` times `width` channels from `channel` on, to tile[(g * heads + h) * padded].
+template <typename S>
+TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int64_t width, int64_t padded,
+                      int64_t behind, acc_t<S> factor, acc_t<S>* tile) {
+  using A = acc_t<S>;
+  for (int g = 0; g < members; ++g, from += stride) {
+    if (width == padded) {
+      for (int64_t d = 0; d < heads * width; d += L<A>, tile += L<A>) store(tile, load(from + d) * factor);
+      continue;
+    }
+    for (int h = 0; h < heads; ++h)
+      for (int64_t d = 0; d < width; d += L<A>, tile += L<A>) {
+        const S* p = from + h * width + d;
+        int n = int(smaller<int64_t>(width - d, L<A>));
+        // Whole vectors as long as the row (of which `behind` elements follow this block) has them.
+        bool whole = (heads - h) * width - d + behind >= L<A>;
+        store(tile, (whole ? first<A>(load(p), n) : load(p, n)) * factor);
+      }
+  }
+}
+
+// Lane-wise totals of four vectors, to out[0..4).
+TF_INLINE void totals(const vfloat* v, float* out) {
+#if defined(__x86_64__)
+#if defined(__AVX2__)
+  __m256 h[4];
+  for (int i = 0; i < 4; ++i) {
+#if defined(__AVX512F__)
+    h[i] = _mm256_add_ps(_mm512_castps512_ps256((__m512)v[i]), _mm512_extractf32x8_ps((__m512)v[i], 1));
+#else
+    h[i] = (__m256)v[i];
+#endif
+  }
+  __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(h[0], h[1]), _mm256_unpackhi_ps(h[0], h[1]));
+  __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(h[2], h[3]), _mm256_unpackhi_ps(h[2], h[3]));
+  __m256 all = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+#else
+  __m128 ab = _mm_add_ps(_mm_unpacklo_ps((__m128)v[0], (__m128)v[1]), _mm_unpackhi_ps((__m128)v[0], (__m128)v[1]));
+  __m128 cd = _mm_add_ps(_mm_unpacklo_ps((__m128)v[2], (__m128)v[3]), _mm_unpackhi_ps((__m128)v[2], (__m128)v[3]));
+  _mm_storeu_ps(out, _mm_add_ps(_mm_shuffle_ps(ab, cd, 0x44), _mm_shuffle_ps(ab, cd, 0xee)));
+#endif
+#else
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+#endif
+}
+
+TF_INLINE void totals(const vdouble* v, double* out) {
+  for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
+}
+
+// out[j * kScoreStride + i] (+)= left row i . right row j for i < I <= 4, j < J; up to four lanes i are written.
+template <typename A, int I, int J>
+TF_INLINE void score_tile(int64_t padded, const A* left, const A* right, int64_t stride, bool add, A* out) {
+  Vec<A> sums[J][4] = {};
+  for (int64_t d = 0; d < padded; d += L<A>) {
+    Vec<A> b[J];
+    for (int j = 0; j < J; ++j) b[j] = load(right + j * stride + d);
+    for (int i = 0; i < I; ++i) {
+      Vec<A> a = load(left + i * stride + d);
+      for (int j = 0; j < J; ++j) sums[j][i] += a * b[j];
+    }
+  }
+  for (int j = 0; j < J; ++j) {
+    A* to = out + j * kScoreStride;
+    A total[4];
+    totals(sums[j], add ? total : to);
+    if (add)
+      for (int i = 0; i < I; ++i) to[i] += total[i];
+  }
+}
+
+// Calls run(constant<count>), 1 <= count <= 4.
+template <typename Run>
+TF_INLINE void by_count(int count, Run run) {
+  switch (count) {
+    case 1:
+      return run(constant<1>{});
+    case 2:
+      return run(constant<2>{});
+    case 3:
+      return run(constant<3>{});
+    default:
+      return run(constant<4>{});
+  }
+}
+
+// Calls run(begin, constant<count>) for [0, members) in even parts of at most four.
+template <typename Run>
+TF_INLINE void in_parts(int members, Run run) {
+  int parts = (members + 3) / 4, i = 0;
+  for (; parts > 0; --parts) {
+    int count = (members - i + parts - 1) / parts;
+    by_count(count, [&](auto c) TF_LAMBDA { run(i, c); });
+    i += count;
+  }
+}
+
+// The scores of a block: scores[j][h G + i] (+)= left(i, h) . right(j, h).
+template <typename A>
+void score(int members, int heads, int64_t padded, const A* left, const A* right, bool add, A* scores) {
+  int64_t stride = heads * padded;
+  for (int h = 0; h < heads; ++h)
+    in_parts(members, [&](int i, auto rows) TF_LAMBDA {
+      constexpr int I = decltype(rows)::value;
+      // Sixteen sums fill the registers with their operands; eight where there are half as many registers.
+      in_parts(members, [&](int j, auto columns) TF_LAMBDA {
+        constexpr int J = decltype(columns)::value, FIRST = kRegisters == 32 || J < 3 ? J : 2;
+        const A* l = left + i * stride + h * padded;
+        const A* r = right + j * stride + h * padded;
+        A* out = scores + j * kScoreStride + h * members + i;
+        score_tile<A, I, FIRST>(padded, l, r, stride, add, out);
+        if constexpr (FIRST < J)
+          score_tile<A, I, J - FIRST>(padded, l, r + FIRST * stride, stride, add, out + FIRST * kScoreStride);
+      });
+    });
+}
+
+// In place, a row a lane.
+template <typename A>
+void softmax(int members, int rows, A* scores) {
+  for (int x = 0; x < rows; x += L<A>) {
+    A* column = scores + x;
+    Vec<A> top = load(column);
+    for (int j = 1; j < members; ++j) top = vmax<A>(top, load(column + j * kScoreStride));
+    Vec<A> total = {};
+    for (int j = 0; j < members; ++j) {
+      Vec<A> e = exp(load(column + j * kScoreStride) - top);
+      total += e;
+      store(column + j * kScoreStride, e);
+    }
+    for (int j = 0; j < members; ++j) store(column + j * kScoreStride, load(column + j * kScoreStride) / total);
+  }
+}
+
+// dP becomes dS.
+template <typename A>
+void softmax_backward(int members, int rows, const A* weights, A* grads) {
+  for (int x = 0; x < rows; x += L<A>) {
+    Vec<A> level = {};
+    for (int j = 0; j < members; ++j) level += load(weights + j * kScoreStride + x) * load(grads + j * kScoreStride + x);
+    for (int j = 0; j < members; ++j) {
+      int at = j * kScoreStride + x;
+      store(grads + at, load(weights + at) * (load(grads + at) - level));
+    }
+  }
+}
+
+// out(i) = factor * sum over j of shares[i * own + j * other] * row j, for I rows and C vectors.
+template <typename S, int I, int C>
+TF_INLINE void mix_tile(int members, const acc_t<S>* shares, int own, int other, const acc_t<S>* rows, int64_t stride,
+                        acc_t<S> factor, S* out, int64_t out_stride, int64_t width, int64_t behind, bool past_caches) {
+  using A = acc_t<S>;
+  Vec<A> sums[I][C] = {};
+  for (int j = 0; j < members; ++j) {
+    Vec<A> b[C];
+    for (int c = 0; c < C; ++c) b[c] = load(rows + j * stride + c * L<A>);
+    for (int i = 0; i < I; ++i) {
+      Vec<A> share = splat(shares[i * own + j * other]);
+      for (int c = 0; c < C; ++c) sums[i][c] += share * b[c];
+    }
+  }
+  for (int i = 0; i < I; ++i)
+    for (int c = 0; c < C; ++c) {
+      S* to = out + i * out_stride + c * L<A>;
+      int64_t left = width - c * L<A>;
+      Vec<A> x = sums[i][c] * factor;
+      // What a whole vector writes too much belongs to the next head of the row, which is written later.
+      if (past_caches)
+        stream(to, x);
+      else if (left + behind >= L<A>)
+        store(to, x);
+      else
+        store(to, x, int(left));
+    }
+}
+
+// Where the heads of a block are written: the row of member 0, the stride to the next member, and how many elements of
+// the row lie behind the block.
+template <typename S>
+struct Out {
+  S* data;
+  int64_t stride, behind;
+};
+
+// out(i, h) = factor * sum over j of share(h, i, j) * row(j, h), where share is scores[j][h G + i] or, transposed,
+// scores[i][h G + j].
+template <typename S>
+void mix(int members, int heads, int64_t width, int64_t padded, const acc_t<S>* scores, bool transposed,
+         const acc_t<S>* rows, acc_t<S> factor, Out<S> out, bool past_caches) {
+  using A = acc_t<S>;
+  constexpr int C = kRegisters == 32 ? 4 : 2;
+  int64_t stride = heads * padded;
+  int own = transposed ? kScoreStride : 1, other = transposed ? 1 : kScoreStride;
+  for (int h = 0; h < heads; ++h)
+    in_parts(members, [&](int i, auto count) TF_LAMBDA {
+      constexpr int I = decltype(count)::value;
+      int64_t d = 0;
+      auto run = [&](auto vectors) TF_LAMBDA {
+        constexpr int V = decltype(vectors)::value;
+        mix_tile<S, I, V>(members, scores + h * members + i * own, own, other, rows + h * padded + d, stride, factor,
+                          out.data + i * out.stride + h * width + d, out.stride, width - d,
+                          (heads - 1 - h) * width + out.behind, past_caches);
+        d += V * L<A>;
+      };
+      while (padded - d >= C * L<A>) run(constant<C>{});
+      while (padded - d > 0) run(constant<1>{});
+    });
+}
+
+// One token's rows as the kernels walk them.
+template <typename S>
+struct Walk {
+  const GroupAttention& a;
+  int64_t b, n;
+  int members;
+  Cut cut;
+
+  // The block of `heads` heads from h on, and of each the channels [c, c + width).
+  template <typename F>
+  TF_INLINE void blocks(F f) const {
+    for (int64_t h = 0; h < a.heads; h += cut.heads) f(h, int(smaller<int64_t>(cut.heads, a.heads - h)));
+  }
+  template <typename F>
+  TF_INLINE void parts(F f) const {
+    for (int64_t c = 0; c < a.head; c += cut.width) {
+      int64_t width = smaller(cut.width, a.head - c);
+      f(c, width, (width + L<acc_t<S>> - 1) / L<acc_t<S>> * L<acc_t<S>>);
+    }
+  }
+  TF_INLINE int64_t behind(int64_t h, int heads, int64_t c, int64_t width) const {
+    return (a.heads - h - heads) * a.head + a.head - c - width;
+  }
+  TF_INLINE void read(const Rows& r, int64_t h, int heads, int64_t c, int64_t width, int64_t padded, acc_t<S> factor,
+                      acc_t<S>* tile) const {
+    gather(row<S>(r, b, 0, n) + h * a.head + c, r.stride[1], members, heads, width, padded, behind(h, heads, c, width),
+           factor, tile);
+  }
+  TF_INLINE Out<S> to(const Target& t, int64_t h, int heads, int64_t c, int64_t width) const {
+    return {(S*)t.data + b * t.stride[0] + n * t.stride[2] + h * a.head + c, t.stride[1], behind(h, heads, c, width)};
+  }
+};
+
+template <typename S>
+void forward(const GroupAttention& a, int64_t begin, int64_t end) {
+  using A = acc_t<S>;
+  int members = int(a.members);
+  Cut cut = Cut::of<A>(a, 3 * members);
+  A scale = A(1) / A(::sqrt(double(a.head)));
+  alignas(64) A tile[kTile];
+  Scores<A> scores;
+  for (int64_t r = begin; r < end; ++r) {
+    Walk<S> walk{a, r / a.tokens, r % a.tokens, members, cut};
+    walk.blocks([&](int64_t h, int heads) TF_LAMBDA {
+      walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
+        int64_t size = members * heads * padded;
+        walk.read(a.q, h, heads, c, width, padded, scale, tile);
+        walk.read(a.k, h, heads, c, width, padded, A(1), tile + size);
+        score(members, heads, padded, tile, tile + size, c > 0, scores.at);
+      });
+      softmax(members, heads * members, scores.at);
+      walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
+        walk.read(a.v, h, heads, c, width, padded, A(1), tile);
+        mix(members, heads, width, padded, scores.at, false, tile, A(1), walk.to(a.out, h, heads, c, width),
+            a.past_caches);
+      });
+    });
+  }
+  fence();
+}
+
+template <typename S>
+void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
+  using A = acc_t<S>;
+  const GroupAttention& in = a.inputs;
+  int members = int(in.members);
+  bool through_scores = a.grad_q.data || a.grad_k.data;
+  Cut cut = Cut::of<A>(in, 4 * members);
+  bool whole = cut.width == in.head;  // the tiles of the first pass are those of the second
+  A scale = A(1) / A(::sqrt(double(in.head)));
+  alignas(64) A tile[kTile];
+  Scores<A> weights, grads;
+  for (int64_t r = begin; r < end; ++r) {
+    Walk<S> walk{in, r / in.tokens, r % in.tokens, members, cut};
+    walk.blocks([&](int64_t h, int heads) TF_LAMBDA {
+      int64_t size = 0;
+      auto read = [&](const Rows& from, int place, int64_t c, int64_t width, int64_t padded, A factor) TF_LAMBDA {
+        size = members * heads * padded;
+        walk.read(from, h, heads, c, width, padded, factor, tile + place * size);
+      };
+      walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
+        read(in.q, 0, c, width, padded, scale);
+        read(in.k, 1, c, width, padded, A(1));
+        score(members, heads, padded, tile, tile + size, c > 0, weights.at);
+        if (through_scores) {
+          read(in.v, 2, c, width, padded, A(1));
+          read(a.grad, 3, c, width, padded, A(1));
+          score(members, heads, padded, tile + 3 * size, tile + 2 * size, c > 0, grads.at);
+        }
+      });
+      softmax(members, heads * members, weights.at);
+      if (through_scores) softmax_backward(members, heads * members, weights.at, grads.at);
+      walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
+        if (a.grad_q.data) {
+          if (!whole) read(in.k, 1, c, width, padded, A(1));
+          mix(members, heads, width, padded, grads.at, false, tile + size, scale,
+              walk.to(a.grad_q, h, heads, c, width), in.past_caches);
+        }
+        if (a.grad_k.data) {
+          if (!whole) read(in.q, 0, c, width, padded, scale);
+          mix(members, heads, width, padded, grads.at, true, tile, A(1), walk.to(a.grad_k, h, heads, c, width),
+              in.past_caches);
+        }
+        if (a.grad_v.data) {
+          if (!whole || !through_scores) read(a.grad, 3, c, width, padded, A(1));
+          mix(members, heads, width, padded, weights.at, true, tile + 3 * size, A(1),
+              walk.to(a.grad_v, h, heads, c, width), in.past_caches);
+        }
+      });
+    });
+  }
+  fence();
+}
+
+void group_attention(const GroupAttention& a, int64_t begin, int64_t end) {
+  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end); });
+}
+
+void group_attention_backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
+  by_type(a.inputs.type, [&](auto s) { backward<decltype(s)>(a, begin, end); });
+}
+
+}  // namespace TIGER_FAST_ISA
+}  // namespace tiger_fast
