@@ -1,11 +1,16 @@
 // The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
 #pragma once
 
+#include "alignment.h"
 #include "leave_one_out.h"
 #include "route.h"
 #include "sums.h"
 
 #define TF_ENTRIES                                                    \
+  void causal_target(const CausalTarget&, int64_t begin, int64_t end); \
+  void causal_target_backward(const CausalTargetBackward&, int64_t begin, int64_t end); \
+  void alignment_loss(const AlignmentLoss&, int64_t begin, int64_t end); \
+  void alignment_loss_backward(const AlignmentLossBackward&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \
