@@ -147,6 +147,17 @@ void write(const Block<A>& block, int members, int64_t row, int count, Type type
   by_type(type, [&](auto s) TF_LAMBDA { write_as(block, members, count, (decltype(s)*)out + row * members); });
 }
 
+// Divisions are slow: a row has few.
+template <typename A>
+struct Constants {
+  A share;      // 1 / M
+  A sharpness;  // 1 / tau, finite, so that 0 / tau stays 0
+  A eps;
+
+  TF_INLINE Constants(int members, double tau, double eps)
+      : share(A(1) / A(members)), sharpness(A(smaller(1 / tau, sizeof(A) == 8 ? 0x1p1023 : 0x1p127))), eps(A(eps)) {}
+};
+
 // What eqs. 9-10 make of the differences of L rows.
 template <typename A>
 struct Target {
@@ -154,20 +165,20 @@ struct Target {
   Vec<A> p[kMaxExperts];
   Vec<A> deviation, scale;  // scale = 1 / (deviation + eps)
 
-  TF_INLINE Target(const Block<A>& delta, int members, int r, A tau, A eps) {
+  TF_INLINE Target(const Block<A>& delta, int members, int r, const Constants<A>& c) {
     // Differences from the first one: these are exactly 0 where all tie, and so are the mean's and the deviation's.
     Vec<A> first = delta.get(0, r), total = {}, squares = {};
     for (int m = 0; m < members; ++m) {
       n[m] = delta.get(m, r) - first;
       total += n[m];
     }
-    Vec<A> mean = total / A(members);
+    Vec<A> mean = total * c.share;
     for (int m = 0; m < members; ++m) {
       n[m] -= mean;
       squares += n[m] * n[m];
     }
-    deviation = root(squares / A(members));
-    scale = A(1) / (deviation + eps);
+    deviation = root(squares * c.share);
+    scale = A(1) / (deviation + c.eps);
     Vec<A> highest = n[0] = n[0] * scale;
     for (int m = 1; m < members; ++m) {
       n[m] *= scale;
@@ -175,7 +186,7 @@ struct Target {
     }
     total = Vec<A>{};
     for (int m = 0; m < members; ++m) {
-      p[m] = exp((n[m] - highest) / tau);
+      p[m] = exp((n[m] - highest) * c.sharpness);
       total += p[m];
     }
     Vec<A> inverse = A(1) / total;
@@ -183,19 +194,19 @@ struct Target {
   }
 
   // d delta from d p. Where the deviation is 0, so is its derivative.
-  TF_INLINE void backward(const Vec<A>* dp, int members, int r, A tau, Block<A>& out) const {
+  TF_INLINE void backward(const Vec<A>* dp, int members, int r, const Constants<A>& c, Block<A>& out) const {
     Vec<A> level = {}, along_n = {}, total = {}, dn[kMaxExperts];
     for (int m = 0; m < members; ++m) level += p[m] * dp[m];
     for (int m = 0; m < members; ++m) {
-      dn[m] = p[m] * (dp[m] - level) / tau;
+      dn[m] = p[m] * (dp[m] - level) * c.sharpness;
       along_n += dn[m] * n[m];
     }
-    Vec<A> share = deviation == A(0) ? Vec<A>{} : along_n / (deviation * A(members));
+    Vec<A> share = deviation == A(0) ? Vec<A>{} : along_n * c.share / deviation;
     for (int m = 0; m < members; ++m) {
       dn[m] = dn[m] * scale - n[m] * share;
       total += dn[m];
     }
-    total /= A(members);
+    total *= c.share;
     for (int m = 0; m < members; ++m) out.put(m, r, dn[m] - total);
   }
 };
@@ -218,13 +229,14 @@ TF_INLINE void by_tile(const RowGrid& grid, int64_t chunk, Step step) {
 template <typename A>
 void target_forward(const CausalTarget& a, int64_t begin, int64_t end) {
   int members = a.grid.members;
+  Constants<A> constants(members, a.tau, a.eps);
   Block<A> delta;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     Walk walk(a.grid, a.delta, chunk * kRowChunk);
     by_tile(a.grid, chunk, [&](int64_t row, int count) TF_LAMBDA {
       read(a.grid, a.delta, walk, count, delta);
       for (int r = 0; r < count; r += L<A>) {
-        Target<A> target(delta, members, r, A(a.tau), A(a.eps));
+        Target<A> target(delta, members, r, constants);
         for (int m = 0; m < members; ++m) delta.put(m, r, target.p[m]);
       }
       write(delta, members, row, count, sizeof(A) == 8 ? Type::f64 : Type::f32, a.out);
@@ -236,6 +248,7 @@ template <typename A>
 void target_backward(const CausalTargetBackward& a, int64_t begin, int64_t end) {
   const CausalTarget& in = a.inputs;
   int members = in.grid.members;
+  Constants<A> constants(members, in.tau, in.eps);
   Block<A> delta, grad;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     Walk walk(in.grid, in.delta, chunk * kRowChunk), walk_grad(in.grid, a.grad, chunk * kRowChunk);
@@ -243,10 +256,10 @@ void target_backward(const CausalTargetBackward& a, int64_t begin, int64_t end) 
       read(in.grid, in.delta, walk, count, delta);
       read(in.grid, a.grad, walk_grad, count, grad);
       for (int r = 0; r < count; r += L<A>) {
-        Target<A> target(delta, members, r, A(in.tau), A(in.eps));
+        Target<A> target(delta, members, r, constants);
         Vec<A> dp[kMaxExperts];
         for (int m = 0; m < members; ++m) dp[m] = grad.get(m, r);
-        target.backward(dp, members, r, A(in.tau), delta);
+        target.backward(dp, members, r, constants, delta);
       }
       write(delta, members, row, count, in.delta.type, a.grad_delta);
     });
@@ -273,6 +286,7 @@ struct Counted {
 template <typename A>
 void loss_forward(const AlignmentLoss& a, int64_t begin, int64_t end) {
   int members = a.grid.members;
+  Constants<A> constants(members, a.tau, a.eps);
   Block<A> delta, weights;
   Counted<A> counted;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
@@ -284,7 +298,7 @@ void loss_forward(const AlignmentLoss& a, int64_t begin, int64_t end) {
       read(a.grid, a.weights, walk_weights, count, weights);
       counted.read(a, walk_mask, count);
       for (int r = 0; r < count; r += L<A>) {
-        Target<A> target(delta, members, r, A(a.tau), A(a.eps));
+        Target<A> target(delta, members, r, constants);
         Vec<A> divergence = {};
         for (int m = 0; m < members; ++m) {
           Vec<A> p = target.p[m], alpha = weights.get(m, r), twice = p + alpha;
@@ -305,6 +319,7 @@ template <typename A>
 void loss_backward(const AlignmentLossBackward& a, int64_t begin, int64_t end) {
   const AlignmentLoss& in = a.inputs;
   int members = in.grid.members;
+  Constants<A> constants(members, in.tau, in.eps);
   Block<A> delta, weights;
   Counted<A> counted;
   A half = A(a.scale / 2);
@@ -317,7 +332,7 @@ void loss_backward(const AlignmentLossBackward& a, int64_t begin, int64_t end) {
       read(in.grid, in.weights, walk_weights, count, weights);
       counted.read(in, walk_mask, count);
       for (int r = 0; r < count; r += L<A>) {
-        Target<A> target(delta, members, r, A(in.tau), A(in.eps));
+        Target<A> target(delta, members, r, constants);
         auto out_of_sum = counted.get(r) == A(0);
         Vec<A> dp[kMaxExperts];
         for (int m = 0; m < members; ++m) {
@@ -327,7 +342,7 @@ void loss_backward(const AlignmentLossBackward& a, int64_t begin, int64_t end) {
           if (a.grad_delta) dp[m] = zero ? Vec<A>{} : half * log_ratio<A>(p, twice);
         }
         if (!a.grad_delta) continue;
-        target.backward(dp, members, r, A(in.tau), delta);
+        target.backward(dp, members, r, constants, delta);
         if (in.mask.data)
           for (int m = 0; m < members; ++m) delta.put(m, r, out_of_sum ? Vec<A>{} : delta.get(m, r));
       }
