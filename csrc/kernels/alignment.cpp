@@ -12,6 +12,7 @@
 
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
+namespace {
 
 constexpr int kTile = 64;  // rows; whole vectors of every type
 
@@ -351,6 +352,8 @@ void loss_backward(const AlignmentLossBackward& a, int64_t begin, int64_t end) {
     });
   }
 }
+
+}  // namespace
 
 void causal_target(const CausalTarget& a, int64_t begin, int64_t end) {
   a.wide ? target_forward<double>(a, begin, end) : target_forward<float>(a, begin, end);
