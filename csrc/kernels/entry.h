@@ -2,6 +2,8 @@
 #pragma once
 
 #include "group_attention.h"
+#include "alignment.h"
+#include "competency.h"
 #include "leave_one_out.h"
 #include "route.h"
 #include "sums.h"
@@ -9,6 +11,14 @@
 #define TF_ENTRIES                                                    \
   void group_attention(const GroupAttention&, int64_t begin, int64_t end); \
   void group_attention_backward(const GroupAttentionBackward&, int64_t begin, int64_t end); \
+  void causal_target(const CausalTarget&, int64_t begin, int64_t end); \
+  void causal_target_backward(const CausalTargetBackward&, int64_t begin, int64_t end); \
+  void alignment_loss(const AlignmentLoss&, int64_t begin, int64_t end); \
+  void alignment_loss_backward(const AlignmentLossBackward&, int64_t begin, int64_t end); \
+  void competency_weights(const CompetencyWeights&, int64_t begin, int64_t end); \
+  void competency_weights_backward(const CompetencyWeightsBackward&, int64_t begin, int64_t end); \
+  void competency_aggregate(const CompetencyAggregate&, int64_t begin, int64_t end); \
+  void competency_aggregate_backward(const CompetencyAggregateBackward&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \

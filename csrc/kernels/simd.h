@@ -288,6 +288,34 @@ TF_INLINE A highest(Vec<A> x) {
   return best;
 }
 
+// ---- square root
+
+TF_INLINE vfloat root(vfloat x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vfloat)_mm256_sqrt_ps((__m256)x);
+#elif defined(__x86_64__)
+  return (vfloat)_mm_sqrt_ps((__m128)x);
+#else
+  for (int i = 0; i < L<float>; ++i) x[i] = ::sqrtf(x[i]);
+  return x;
+#endif
+}
+
+TF_INLINE vdouble root(vdouble x) {
+#if defined(__AVX512F__)
+  return (vdouble)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (vdouble)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__x86_64__)
+  return (vdouble)_mm_sqrt_pd((__m128d)x);
+#else
+  for (int i = 0; i < L<double>; ++i) x[i] = ::sqrt(x[i]);
+  return x;
+#endif
+}
+
 // ---- exp and log: within 2 units in the last place for float; libm, lane by lane, for double
 
 TF_INLINE vfloat exp(vfloat x) {

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 
 from tiger_fast.ops.group_attention import group_attention, group_attention_packed
+from tiger_fast.ops.alignment import alignment_loss, causal_target
+from tiger_fast.ops.competency_aggregate import competency_aggregate
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import LIBRARY
 from tiger_fast.ops.route import route
@@ -27,6 +29,9 @@ NATIVE: dict[str, Callable] = {
     "group_attention": group_attention,
     "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
+    "causal_target": causal_target,
+    "alignment_loss": alignment_loss,
+    "competency_aggregate": competency_aggregate,
 }
 
 

@@ -1,0 +1,60 @@
+// What the host hands to the kernels of the causal target and of its alignment loss.
+#pragma once
+
+#include "types.h"
+
+namespace tiger_fast {
+
+constexpr int kMaxDims = 64;  // torch's own limit for pointwise operations
+
+// Rows of M values; their leading dimensions, joined where every operand allows it, are shared by all operands.
+struct RowGrid {
+  int dims;  // at least 1; the last one is walked fastest
+  int64_t sizes[kMaxDims];
+  int64_t rows;  // their product
+  int members;
+};
+
+// A tensor over a RowGrid, any strides.
+struct RowOperand {
+  const void* data;
+  Type type;
+  int64_t stride[kMaxDims];
+  int64_t member_stride;
+};
+
+// Kernels work in double if `wide`, else in float. Their units are chunks of kRowChunk rows.
+constexpr int64_t kRowChunk = 1024;
+
+struct CausalTarget {
+  bool wide;
+  double tau, eps;
+  RowGrid grid;
+  RowOperand delta;
+  void* out;  // (..., M) of the accumulator type
+};
+
+struct CausalTargetBackward {
+  CausalTarget inputs;  // without `out`
+  RowOperand grad;
+  void* grad_delta;  // (..., M) of delta's type
+};
+
+struct AlignmentLoss {
+  bool wide;
+  double tau, eps;
+  RowGrid grid;
+  RowOperand delta, weights;
+  RowOperand mask;  // one byte a row, `data` null if every row counts
+  double* sums;     // of the divergences, and
+  int64_t* counts;  // of the rows that count, by chunk
+};
+
+struct AlignmentLossBackward {
+  AlignmentLoss inputs;  // without `sums` and `counts`
+  double scale;          // the loss's gradient over the rows that count
+  void* grad_delta;      // (..., M) of delta's type, or null
+  void* grad_weights;    // (..., M) of the weights' type, or null
+};
+
+}  // namespace tiger_fast

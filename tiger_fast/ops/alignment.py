@@ -1,0 +1,97 @@
+"""The causal target and its alignment loss (TIGER eqs. 9-13): schemas, shapes and gradients."""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tiger_fast.ops.library import define, mask as bits, spread, wanted
+from tiger_fast.reference import accumulator
+
+
+def _target_fake(delta: Tensor, tau: float, eps: float) -> Tensor:
+    return delta.new_empty(delta.shape, dtype=accumulator(delta.dtype))
+
+
+def _target_backward_fake(grad: Tensor, delta: Tensor, tau: float, eps: float) -> Tensor:
+    return delta.new_empty(delta.shape)
+
+
+def _loss_fake(delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    dtype = accumulator(torch.promote_types(delta.dtype, weights.dtype))
+    return delta.new_empty((), dtype=dtype), delta.new_empty((), dtype=torch.float64)
+
+
+def _loss_backward_fake(
+    grad: Tensor,
+    delta: Tensor,
+    weights: Tensor,
+    tau: float,
+    eps: float,
+    mask: Tensor | None,
+    counted: Tensor,
+    needs: int,
+) -> list[Tensor]:
+    return wanted(needs, delta, weights)
+
+
+define("causal_target(Tensor delta, float tau, float eps) -> Tensor", _target_fake)
+define("causal_target_backward(Tensor grad, Tensor delta, float tau, float eps) -> Tensor", _target_backward_fake)
+define(
+    "alignment_loss(Tensor delta, Tensor weights, float tau, float eps, Tensor? mask) -> (Tensor, Tensor)", _loss_fake
+)
+define(
+    "alignment_loss_backward(Tensor grad, Tensor delta, Tensor weights, float tau, float eps, Tensor? mask, "
+    "Tensor counted, int needs) -> Tensor[]",
+    _loss_backward_fake,
+)
+
+
+class _CausalTarget(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, delta: Tensor, tau: float, eps: float) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.settings = tau, eps
+        ctx.save_for_backward(delta)
+        return torch.ops.tiger_fast.causal_target(delta, tau, eps)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None
+        (delta,) = ctx.saved_tensors
+        return torch.ops.tiger_fast.causal_target_backward(grad, delta, *ctx.settings), None, None
+
+
+class _AlignmentLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.settings = tau, eps
+        loss, counted = torch.ops.tiger_fast.alignment_loss(delta, weights, tau, eps, mask)
+        ctx.save_for_backward(delta, weights, mask, counted)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 5
+        delta, weights, mask, counted = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        found = torch.ops.tiger_fast.alignment_loss_backward(
+            grad, delta, weights, *ctx.settings, mask, counted, bits(needs)
+        )
+        return *spread(needs, found), None, None, None
+
+
+def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
+    """`tiger_fast.functional.causal_target` by a compiled kernel; arguments as in `tiger_fast.reference`."""
+    return _CausalTarget.apply(delta, tau, eps)
+
+
+def alignment_loss(
+    delta: Tensor, weights: Tensor, tau: float, eps: float, detach_target: bool, mask: Tensor | None
+) -> Tensor:
+    """`tiger_fast.functional.alignment_loss` by a compiled kernel; arguments as in `tiger_fast.reference`."""
+    return _AlignmentLoss.apply(delta.detach() if detach_target else delta, weights, tau, eps, mask)
