@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import LIBRARY
 from tiger_fast.ops.route import route
@@ -24,6 +25,8 @@ for _schema in (
 NATIVE: dict[str, Callable] = {
     "route": route,
     "leave_one_out": leave_one_out,
+    "counterfactual_losses": counterfactual_losses,
+    "counterfactual_losses_from_projections": counterfactual_losses_from_projections,
 }
 
 
