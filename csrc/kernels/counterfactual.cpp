@@ -143,6 +143,14 @@ TF_INLINE Vec<A> log1p(Vec<A> e) {
   return log(u) + (e - (u - 1)) / u;
 }
 
+// The numbers of the lanes.
+template <typename A>
+TF_INLINE Vec<A> iota() {
+  Vec<A> x;
+  for (int i = 0; i < L<A>; ++i) x[i] = A(i);
+  return x;
+}
+
 // What stands behind the last class so that it adds nothing to a loss.
 template <typename A>
 TF_INLINE A filler(TokenLoss loss) {
@@ -167,9 +175,13 @@ TF_INLINE void make_logits(const Counterfactual& a, const Scratch<A>& s, const T
     }
     store(s.logits + c, before);
   }
-  A fill = filler<A>(a.loss);
-  for (int i = 0; i <= members; ++i)
-    for (int64_t c = a.classes; c < s.columns; ++c) s.logits[i * s.stride + c] = fill;
+  if (int64_t c = s.columns - L<A>, rest = a.classes - c; rest < L<A>) {
+    auto there = iota<A>() < A(rest);
+    for (int i = 0; i <= members; ++i) {
+      A* y = s.logits + i * s.stride + c;
+      store(y, there ? load(y) : splat(filler<A>(a.loss)));
+    }
+  }
 }
 
 // The largest logit, as what exponents are taken relative to; a NaN may be passed over, it stays in the exponentials.

@@ -1,11 +1,15 @@
 // The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
 #pragma once
 
+#include "counterfactual.h"
 #include "leave_one_out.h"
 #include "route.h"
 #include "sums.h"
 
 #define TF_ENTRIES                                                    \
+  void counterfactual(const Counterfactual&, int64_t begin, int64_t end, void* scratch); \
+  void counterfactual_backward(const CounterfactualBackward&, int64_t begin, int64_t end, void* scratch); \
+  void counterfactual_pack(const CounterfactualPack&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \
