@@ -164,12 +164,16 @@ bool past_caches(const Tensor& t, int64_t width) {
          reinterpret_cast<uintptr_t>(t.const_data_ptr()) % 64 == 0;
 }
 
-void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional<ScalarType> type) {
+void expect_sizes(const char* name, const Tensor& t, const Sizes& sizes) {
   STD_TORCH_CHECK(t.is_cpu() && t.layout() == torch::headeronly::Layout::Strided, name, " must be a CPU tensor");
   STD_TORCH_CHECK(t.dim() == int64_t(sizes.size()), name, " must have ", sizes.size(), " dimensions, got ", t.dim());
   for (size_t i = 0; i < sizes.size(); ++i)
     STD_TORCH_CHECK(sizes[i] < 0 || t.size(int64_t(i)) == sizes[i], name, " has size ", t.size(int64_t(i)),
                     " in dimension ", i, ", not ", sizes[i]);
+}
+
+void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional<ScalarType> type) {
+  expect_sizes(name, t, sizes);
   ScalarType own = scalar_type(type_of(t));
   STD_TORCH_CHECK(!type || own == *type, name, " has another type than the inputs that it stands beside");
 }

@@ -65,6 +65,8 @@ bool past_caches(const Tensor& t, int64_t width);
 
 // A strided CPU tensor of these sizes (-1: any) and of this type (none: any floating one).
 void expect(const char* name, const Tensor& t, const Sizes& sizes, std::optional<ScalarType> type = std::nullopt);
+// The same of a tensor of any type, which the caller checks.
+void expect_sizes(const char* name, const Tensor& t, const Sizes& sizes);
 // 1 <= value <= most.
 void expect_between(const char* name, int64_t value, int64_t most);
 // The experts: 1 to 16 tensors (B, N, D) that agree in sizes and type.

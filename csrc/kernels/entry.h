@@ -4,6 +4,7 @@
 #include "group_attention.h"
 #include "alignment.h"
 #include "competency.h"
+#include "counterfactual.h"
 #include "leave_one_out.h"
 #include "route.h"
 #include "sums.h"
@@ -19,6 +20,9 @@
   void competency_weights_backward(const CompetencyWeightsBackward&, int64_t begin, int64_t end); \
   void competency_aggregate(const CompetencyAggregate&, int64_t begin, int64_t end); \
   void competency_aggregate_backward(const CompetencyAggregateBackward&, int64_t begin, int64_t end); \
+  void counterfactual(const Counterfactual&, int64_t begin, int64_t end, void* scratch); \
+  void counterfactual_backward(const CounterfactualBackward&, int64_t begin, int64_t end, void* scratch); \
+  void counterfactual_pack(const CounterfactualPack&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \

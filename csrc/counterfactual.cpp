@@ -1,0 +1,278 @@
+// Counterfactual losses (TIGER eq. 8): checks, memory and threads around the kernels of the same name.
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <tuple>
+
+#include "host.h"
+
+namespace tiger_fast {
+namespace {
+
+using Optional = std::optional<Tensor>;
+
+// A thread's own working memory.
+class Scratch {
+ public:
+  explicit Scratch(size_t bytes) {
+    if (posix_memalign(&data_, 64, bytes)) throw std::bad_alloc();
+  }
+  ~Scratch() { std::free(data_); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// What the kernels are handed, and the tensors behind it that the caller does not hold.
+struct Inputs {
+  Counterfactual a{};
+  std::vector<Tensor> features;
+  Tensor head, panel, bias;
+  int64_t count() const { return a.batch * a.tokens; }
+  int64_t work() const { return a.members * a.classes * (2 + a.width / 8); }
+};
+
+// What both forms share; type, features and sizes are set.
+void describe(Inputs& in, const Tensor& weights, const Optional& bias, const Tensor& target, int64_t loss,
+              const Optional& valid, int64_t ignore_index) {
+  Counterfactual& a = in.a;
+  const Tensor& like = in.features[0];
+  a.type = type_of(like);
+  expect_between("C (the classes)", a.classes, INT32_MAX);
+  expect_between("loss", loss + 1, kTokenLosses);
+  a.loss = TokenLoss(loss);
+  expect("weights", weights, {a.batch, a.tokens, a.members});
+  a.weights = small(weights);
+  if (bias) {
+    expect("head_bias", *bias, {a.classes});
+    in.bias = torch::stable::contiguous(converted(*bias, accumulator_type(like)));
+    a.bias = in.bias.const_data_ptr();
+  }
+  if (a.loss == TokenLoss::cross_entropy) {
+    bool wide = target.scalar_type() == ScalarType::Long;
+    STD_TORCH_CHECK(wide || target.scalar_type() == ScalarType::Int, "target must be int64 or int32");
+    expect_sizes("target", target, {a.batch, a.tokens});
+    a.labels = target.const_data_ptr();
+    a.wide_labels = wide;
+    a.label_stride[0] = target.stride(0), a.label_stride[1] = target.stride(1);
+    a.ignore_index = ignore_index;
+  } else {
+    expect("target", target, {a.batch, a.tokens, a.classes});
+    a.target = small(target);
+  }
+  if (valid) {
+    STD_TORCH_CHECK(valid->scalar_type() == ScalarType::Bool, "valid must be bool");
+    expect_sizes("valid", *valid, {a.batch, a.tokens});
+    a.valid = static_cast<const uint8_t*>(valid->const_data_ptr());
+    a.valid_stride[0] = valid->stride(0), a.valid_stride[1] = valid->stride(1);
+  }
+}
+
+Inputs describe(std::vector<Tensor> experts, const Tensor& weights, const Tensor& head, const Optional& bias,
+                const Tensor& target, int64_t loss, const Optional& valid, int64_t ignore_index) {
+  Inputs in;
+  Counterfactual& a = in.a;
+  expect_experts(experts);
+  a.batch = experts[0].size(0), a.tokens = experts[0].size(1), a.width = experts[0].size(2);
+  a.members = int64_t(experts.size());
+  expect("head_weight", head, {-1, a.width});
+  a.classes = head.size(0);
+  for (Tensor& e : experts) e = with_dense_rows(e);
+  in.features = std::move(experts);
+  for (int64_t k = 0; k < a.members; ++k) a.features[k] = rows(in.features[k]);
+  describe(in, weights, bias, target, loss, valid, ignore_index);
+  ScalarType type = accumulator_type(in.features[0]);
+  in.head = with_dense_rows(converted(head, type));
+  a.head = in.head.const_data_ptr();
+  a.head_stride = in.head.stride(0);
+  // A few rows do not repay packing the head, nor does a head of a class or two, which would leave most lanes empty.
+  if (in.count() * a.members >= 32 && a.classes > 2 && a.width > 0) {
+    in.panel = allocate({counterfactual_panel_size(a.width, a.classes)}, type);
+    CounterfactualPack p{a.type == Type::f64, a.width, a.classes, a.head, a.head_stride, in.panel.mutable_data_ptr()};
+    auto kernel = TF_KERNEL(counterfactual_pack);
+    parallel(a.width, grain_of(a.classes), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+    a.panel = p.panel;
+  }
+  return in;
+}
+
+Inputs describe(const Tensor& projections, const Tensor& weights, const Optional& bias, const Tensor& target,
+                int64_t loss, const Optional& valid, int64_t ignore_index) {
+  Inputs in;
+  Counterfactual& a = in.a;
+  expect("projections", projections, {-1, -1, -1, -1});
+  expect_between("the number of experts", projections.size(1), kMaxExperts);
+  Tensor dense = with_dense_rows(projections);
+  a.projected = true;
+  a.batch = dense.size(0), a.members = dense.size(1), a.tokens = dense.size(2), a.classes = dense.size(3);
+  for (int64_t k = 0; k < a.members && dense.numel(); ++k) {
+    const char* base = static_cast<const char*>(dense.const_data_ptr());
+    a.features[k].data = base + k * dense.stride(1) * int64_t(dense.element_size());
+    a.features[k].stride[0] = dense.stride(0), a.features[k].stride[1] = dense.stride(2);
+  }
+  in.features = {dense};
+  describe(in, weights, bias, target, loss, valid, ignore_index);
+  return in;
+}
+
+std::tuple<Tensor, Tensor> losses(Inputs in) {
+  Counterfactual& a = in.a;
+  ScalarType type = accumulator_type(in.features[0]);
+  Tensor full = allocate({a.batch, a.tokens}, type);
+  Tensor without = allocate({a.batch, a.members, a.tokens}, type);
+  a.full = full.mutable_data_ptr();
+  a.without = without.mutable_data_ptr();
+  size_t bytes = counterfactual_scratch(a, false);
+  auto kernel = TF_KERNEL(counterfactual);
+  parallel(in.count(), grain_of(in.work()), [&](int64_t begin, int64_t end) {
+    Scratch scratch(bytes);
+    kernel(a, begin, end, scratch.data());
+  });
+  return {full, without};
+}
+
+// What the gradients are wanted of, in this order; a `head` that is not wanted is absent.
+struct Wanted {
+  int64_t features;  // bits
+  bool weights, head, bias, target;
+};
+
+std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Optional& grad_without, const Wanted& wanted,
+                              const Tensor& weights, const Tensor* head, const Optional& bias, const Tensor& target) {
+  CounterfactualBackward a{};
+  const Counterfactual& of = in.a;
+  const Tensor& like = in.features[0];
+  ScalarType type = accumulator_type(like);
+  if (grad_full) {
+    expect("grad_full", *grad_full, {of.batch, of.tokens}, type);
+    a.grad_full = small(*grad_full);
+  }
+  if (grad_without) {
+    expect("grad_without", *grad_without, {of.batch, of.members, of.tokens}, type);
+    a.grad_without = small(*grad_without);
+  }
+  std::vector<Tensor> found;
+  if (of.projected && wanted.features) {
+    found.push_back(allocate({of.batch, of.members, of.tokens, of.classes}, like.scalar_type()));
+    char* base = static_cast<char*>(found.back().mutable_data_ptr());
+    for (int64_t k = 0; k < of.members; ++k)
+      a.grad_features[k] = base + k * of.tokens * of.classes * int64_t(like.element_size());
+    a.grad_stride[0] = of.members * of.tokens * of.classes, a.grad_stride[1] = of.classes;
+  } else if (!of.projected) {
+    for (int64_t k = 0; k < of.members; ++k)
+      if (wanted.features >> k & 1) {
+        found.push_back(allocate({of.batch, of.tokens, of.width}, like.scalar_type()));
+        a.grad_features[k] = found.back().mutable_data_ptr();
+        a.past_caches = past_caches(found.back(), of.width);
+      }
+    a.grad_stride[0] = of.tokens * of.width, a.grad_stride[1] = of.width;
+  }
+  // The product with the head reads it in whole vectors.
+  Tensor padded;
+  if (!of.projected && wanted.features) {
+    padded = in.head;
+    if (of.width % kPad) {
+      int64_t stride = in_whole_vectors(of.width);
+      padded = zeros({of.classes, stride}, type);
+      Tensor inner = view(padded, {of.classes, of.width}, {stride, 1});
+      torch::stable::copy_(inner, in.head);
+    }
+    a.padded_head = padded.const_data_ptr();
+    a.padded_stride = padded.stride(0);
+  }
+  Tensor grad_weights, grad_target;
+  if (wanted.weights) {
+    grad_weights = allocate({of.batch, of.tokens, of.members}, type);
+    a.grad_weights = grad_weights.mutable_data_ptr();
+  }
+  if (wanted.target) {
+    grad_target = allocate({of.batch, of.tokens, of.classes}, type);
+    a.grad_target = grad_target.mutable_data_ptr();
+  }
+  // Sums over tokens, by chunks that the sizes alone decide: enough of them to feed the threads, few enough for the memory.
+  int64_t count = in.count(), head_size = of.classes * in_whole_vectors(of.width), bias_size = in_whole_vectors(of.classes);
+  Chunks chunks(count);
+  constexpr int64_t kMost = int64_t(8) << 20, kFewest = 4, kSmallest = 128;  // elements; chunks; tokens
+  int64_t most = wanted.head && head_size ? kMost / head_size : 64;
+  most = most < kFewest ? kFewest : most;
+  chunks.size = std::max({chunks.size, kSmallest, (count + most - 1) / most});
+  chunks.count = (count + chunks.size - 1) / chunks.size;
+  a.chunk = chunks.size;
+  Tensor head_sums, bias_sums;
+  if (wanted.head) {
+    head_sums = allocate({chunks.count, head_size}, type);
+    a.head_sums = head_sums.mutable_data_ptr();
+  }
+  if (wanted.bias) {
+    bias_sums = allocate({chunks.count, bias_size}, type);
+    a.bias_sums = bias_sums.mutable_data_ptr();
+  }
+  a.inputs = of;
+  size_t bytes = counterfactual_scratch(of, true);
+  auto kernel = TF_KERNEL(counterfactual_backward);
+  parallel(chunks.count, grain_of(in.work() * chunks.size), [&](int64_t begin, int64_t end) {
+    Scratch scratch(bytes);
+    kernel(a, begin, end, scratch.data());
+  });
+  if (wanted.weights) found.push_back(converted(grad_weights, weights.scalar_type()));
+  if (wanted.head) {
+    int64_t stride = in_whole_vectors(of.width);
+    Tensor total = summed(head_sums, 1, head_size, chunks, false, of.tokens);
+    Tensor inner = view(total, {of.classes, of.width}, {stride, 1});
+    found.push_back(torch::stable::contiguous(converted(inner, head->scalar_type())));
+  }
+  if (wanted.bias) {
+    Tensor total = summed(bias_sums, 1, bias_size, chunks, false, of.tokens);
+    Tensor inner = view(total, {of.classes}, {1});
+    found.push_back(converted(inner, bias->scalar_type()));
+  }
+  if (wanted.target) found.push_back(converted(grad_target, target.scalar_type()));
+  return found;
+}
+
+bool bit(int64_t needs, int64_t i) { return needs >> i & 1; }
+
+std::tuple<Tensor, Tensor> counterfactual_losses(std::vector<Tensor> experts, Tensor weights, Tensor head, Optional bias,
+                                                 Tensor target, int64_t loss, Optional valid, int64_t ignore_index) {
+  return losses(describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index));
+}
+
+std::tuple<Tensor, Tensor> from_projections(Tensor projections, Tensor weights, Optional bias, Tensor target,
+                                            int64_t loss, Optional valid, int64_t ignore_index) {
+  return losses(describe(projections, weights, bias, target, loss, valid, ignore_index));
+}
+
+// `needs`: a bit for each expert, then for weights, head_weight, head_bias and target.
+std::vector<Tensor> counterfactual_losses_backward(Optional grad_full, Optional grad_without,
+                                                   std::vector<Tensor> experts, Tensor weights, Tensor head,
+                                                   Optional bias, Tensor target, int64_t loss, Optional valid,
+                                                   int64_t ignore_index, int64_t needs) {
+  int64_t members = int64_t(experts.size());
+  Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index);
+  Wanted wanted{needs & ((int64_t(1) << members) - 1), bit(needs, members), bit(needs, members + 1),
+                bit(needs, members + 2) && bias, bit(needs, members + 3) && in.a.loss != TokenLoss::cross_entropy};
+  return gradients(std::move(in), grad_full, grad_without, wanted, weights, &head, bias, target);
+}
+
+// `needs`: a bit each for projections, weights, head_bias and target.
+std::vector<Tensor> from_projections_backward(Optional grad_full, Optional grad_without, Tensor projections,
+                                              Tensor weights, Optional bias, Tensor target, int64_t loss,
+                                              Optional valid, int64_t ignore_index, int64_t needs) {
+  Inputs in = describe(projections, weights, bias, target, loss, valid, ignore_index);
+  Wanted wanted{needs & 1, bit(needs, 1), false, bit(needs, 2) && bias,
+                bit(needs, 3) && in.a.loss != TokenLoss::cross_entropy};
+  return gradients(std::move(in), grad_full, grad_without, wanted, weights, nullptr, bias, target);
+}
+
+}  // namespace
+}  // namespace tiger_fast
+
+STABLE_TORCH_LIBRARY_IMPL(tiger_fast, CPU, m) {
+  m.impl("counterfactual_losses", TORCH_BOX(&tiger_fast::counterfactual_losses));
+  m.impl("counterfactual_losses_backward", TORCH_BOX(&tiger_fast::counterfactual_losses_backward));
+  m.impl("counterfactual_losses_from_projections", TORCH_BOX(&tiger_fast::from_projections));
+  m.impl("counterfactual_losses_from_projections_backward", TORCH_BOX(&tiger_fast::from_projections_backward));
+}

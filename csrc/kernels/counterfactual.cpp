@@ -1,0 +1,589 @@
+// Counterfactual losses of a linear head (TIGER eq. 8), in full and without each expert, from one read of the experts.
+//
+// Maths:   P_k = F_k W^T, y = sum over k of w_k P_k + b, y_k the same without k; losses of y and y_k, per token.
+//          Backward, with logit gradients G_0 (of y) and G_k, and H_k = G_0 + sum over j != k of G_j:
+//          dP_k = w_k H_k, dw_k = P_k . H_k, dF_k = dP_k W, dW = sum of dP_k^T F_k, db = sum of G_0 + sum of G_k.
+//          What is left out is never subtracted: an inf or a NaN of expert k must not reach what leaves k out.
+// Bytes:   forward reads M units of B N D elements; backward reads M and writes M, recomputing P. Nothing of size B M N C.
+// Layout:  a tile of tokens at a time: their M rows each are multiplied with the packed head, and the logits are made and
+//          consumed in the first cache. Tokens that do not count are not read at all.
+#include "counterfactual.h"
+
+#include "entry.h"
+#include "product.h"
+#include "rows.h"
+
+namespace tiger_fast {
+namespace TIGER_FAST_ISA {
+
+constexpr int kMostRows = 8 * kMaxExperts;  // of one tile, see counterfactual_tile
+constexpr int64_t kDepth = 1024;            // of one pass of the product: a column of the panel stays in the second cache
+
+// ---- the head
+
+template <typename A>
+constexpr int64_t kColumn = kTileVectors * L<A>;
+
+// panel[c / kColumn][d][c % kColumn] = head[c][d], zeros behind the last class. Units are values of d.
+template <typename A>
+void pack(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  for (int64_t c = 0; c < padded<A>(a.classes); ++c) {
+    A* out = (A*)a.panel + c / kColumn<A> * kColumn<A> * a.width + c % kColumn<A>;
+    const A* row = (const A*)a.head + c * a.head_stride;
+    for (int64_t d = begin; d < end; ++d) out[d * kColumn<A>] = c < a.classes ? row[d] : A(0);
+  }
+}
+
+// out[i][c] = rows[i] . head[c] for all classes and zeros up to whole vectors. rows has entries up to whole register tiles.
+template <typename A>
+__attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out, int64_t stride) {
+  if (!a.panel) {
+    dots<A, A>(
+        count, int(a.classes), a.width, [&](int i) TF_LAMBDA { return rows[i]; },
+        [&](int c) TF_LAMBDA { return (const A*)a.head + c * a.head_stride; }, out, stride);
+    for (int i = 0; i < count; ++i)
+      for (int64_t c = a.classes; c < padded<A>(a.classes); ++c) out[i * stride + c] = 0;
+    return;
+  }
+  int64_t columns = padded<A>(a.classes);
+  for (int64_t start = 0; start < a.width; start += kDepth) {
+    int64_t depth = smaller(kDepth, a.width - start);
+    for (int64_t c = 0; c < columns; c += kColumn<A>) {
+      const A* panel = (const A*)a.panel + c * a.width + start * kColumn<A>;
+      for (int i = 0; i < count; i += kTileRows) {
+        if (c == 0 && i + kTileRows < count)  // the rows that come next
+          for (int r = i + kTileRows; r < i + 2 * kTileRows; ++r)
+            for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(A))) __builtin_prefetch(rows[r] + start + d, 0, 2);
+        const A* left[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) left[r] = rows[i + r] + start;
+        auto run = [&](auto vectors) TF_LAMBDA {
+          product_tile<A, kTileRows, decltype(vectors)::value>(
+              depth, count - i, start > 0, [&](int r, int64_t k) TF_LAMBDA { return left[r][k]; },
+              [&](int64_t k) TF_LAMBDA { return panel + k * kColumn<A>; },
+              [&](int r) TF_LAMBDA { return out + (i + r) * stride + c; });
+        };
+        switch ((columns - c) / L<A>) {
+          case 1:
+            run(constant<1>{});
+            break;
+          case 2:
+            run(constant<2>{});
+            break;
+          default:
+            run(constant<3>{});
+        }
+      }
+    }
+  }
+}
+
+// ---- the losses of one token
+
+template <typename A>
+struct Token {
+  int64_t index, b, n;
+  int64_t label;
+  A weights[kMaxExperts];
+};
+
+// What one range of tokens works in.
+template <typename A>
+struct Scratch {
+  int64_t stride;   // of rows over classes
+  int64_t columns;  // the classes in whole vectors
+  A* projections;   // of the tile's tokens and experts, by token
+  A* logits;        // of one token: in full, then without each expert
+  A* target;        // of one token; zeros behind the last class
+  A* grad_target;
+  A* bias;          // zeros behind the last class
+  A* bias_sums;
+  A* spare;
+  A* features;      // of the tile, as accumulators
+  A* grad_rows;     // of kTileRows features
+};
+
+template <typename A>
+TF_INLINE Scratch<A> laid_out(const Counterfactual& a, void* memory) {
+  Scratch<A> s;
+  int64_t rows = counterfactual_tile(a.members) * a.members;
+  s.stride = in_whole_vectors(a.classes);
+  s.columns = padded<A>(a.classes);
+  s.projections = (A*)memory;
+  s.logits = s.projections + rows * s.stride;
+  s.target = s.logits + (a.members + 1) * s.stride;
+  s.grad_target = s.target + s.stride;
+  s.bias = s.grad_target + s.stride;
+  s.bias_sums = s.bias + s.stride;
+  s.features = s.bias_sums + s.stride;
+  s.grad_rows = s.features + rows * in_whole_vectors(a.projected ? 1 : a.width);
+  for (int64_t c = 0; c < s.stride; ++c) {
+    s.bias[c] = a.bias && c < a.classes ? ((const A*)a.bias)[c] : A(0);
+    s.target[c] = 0;
+  }
+  return s;
+}
+
+// Row sums of the classes' vectors.
+template <typename A, typename Step>
+TF_INLINE A total(int64_t columns, Step step) {
+  Vec<A> sums = {};
+  for (int64_t c = 0; c < columns; c += L<A>) sums += step(c);
+  return sum(sums);
+}
+
+template <typename A>
+TF_INLINE Vec<A> magnitude(Vec<A> x) {
+  return x < 0 ? -x : x;
+}
+
+// log(1 + e), exact where e is tiny.
+template <typename A>
+TF_INLINE Vec<A> log1p(Vec<A> e) {
+  Vec<A> u = 1 + e;
+  return log(u) + (e - (u - 1)) / u;
+}
+
+// The numbers of the lanes.
+template <typename A>
+TF_INLINE Vec<A> iota() {
+  Vec<A> x;
+  for (int i = 0; i < L<A>; ++i) x[i] = A(i);
+  return x;
+}
+
+// What stands behind the last class so that it adds nothing to a loss.
+template <typename A>
+TF_INLINE A filler(TokenLoss loss) {
+  return loss == TokenLoss::cross_entropy ? A(-INFINITY) : loss == TokenLoss::bce ? A(-1e30) : A(0);
+}
+
+// The logits of a token in full and without each expert: sums from both ends meet at the expert that is left out.
+template <typename A>
+TF_INLINE void make_logits(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token, const A* projections) {
+  int members = int(a.members);
+  for (int64_t c = 0; c < s.columns; c += L<A>) {
+    Vec<A> behind = {};
+    for (int k = members - 1; k >= 0; --k) {
+      store(s.logits + (k + 1) * s.stride + c, behind);
+      behind += token.weights[k] * load(projections + k * s.stride + c);
+    }
+    Vec<A> before = load(s.bias + c);
+    for (int k = 0; k < members; ++k) {
+      A* without = s.logits + (k + 1) * s.stride + c;
+      store(without, load(without) + before);
+      before += token.weights[k] * load(projections + k * s.stride + c);
+    }
+    store(s.logits + c, before);
+  }
+  if (int64_t c = s.columns - L<A>, rest = a.classes - c; rest < L<A>) {
+    auto there = iota<A>() < A(rest);
+    for (int i = 0; i <= members; ++i) {
+      A* y = s.logits + i * s.stride + c;
+      store(y, there ? load(y) : splat(filler<A>(a.loss)));
+    }
+  }
+}
+
+// The largest logit, as what exponents are taken relative to; a NaN may be passed over, it stays in the exponentials.
+template <typename A>
+TF_INLINE A peak(const A* y, int64_t columns) {
+  Vec<A> most = load(y);
+  for (int64_t c = L<A>; c < columns; c += L<A>) {
+    Vec<A> x = load(y + c);
+    most = most > x ? most : x;
+  }
+  for (int step = L<A> / 2; step > 0; step /= 2) {
+    Vec<A> turned;
+    for (int i = 0; i < L<A>; ++i) turned[i] = most[(i + step) % L<A>];
+    most = most > turned ? most : turned;
+  }
+  A best = most[0];
+  return best - best == 0 ? best : A(0);  // an infinite one gives inf or NaN by itself
+}
+
+// |y|^2, |t|^2 and y . t, and what their quotient is divided by.
+template <typename A>
+struct Angle {
+  A yy, tt, yt, norms;
+
+  TF_INLINE Angle(const A* y, const A* t, int64_t columns) {
+    yy = total<A>(columns, [&](int64_t c) TF_LAMBDA { return load(y + c) * load(y + c); });
+    tt = total<A>(columns, [&](int64_t c) TF_LAMBDA { return load(t + c) * load(t + c); });
+    yt = total<A>(columns, [&](int64_t c) TF_LAMBDA { return load(y + c) * load(t + c); });
+    norms = A(__builtin_sqrt(double(yy))) * A(__builtin_sqrt(double(tt)));
+  }
+  TF_INLINE bool clamped() const { return norms < A(1e-8); }
+  TF_INLINE A divisor() const { return clamped() ? A(1e-8) : norms; }
+};
+
+// losses[i] of the M + 1 rows of logits.
+template <typename A>
+__attribute__((noinline)) void token_losses(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token,
+                                            A* losses) {
+  int rows = int(a.members) + 1;
+  const A* t = s.target;
+  A each = 1 / A(a.classes);
+  switch (a.loss) {
+    case TokenLoss::cross_entropy: {
+      alignas(kBytes) A sums[kMaxExperts + L<A>] = {};
+      bool exists = token.label >= 0 && token.label < a.classes;
+      for (int i = 0; i < rows; ++i) {
+        const A* y = s.logits + i * s.stride;
+        A top = peak(y, s.columns);
+        sums[i] = total<A>(s.columns, [&](int64_t c) TF_LAMBDA { return exp(load(y + c) - top); });
+        losses[i] = exists ? top - y[token.label] : A(NAN);
+      }
+      for (int i = 0; i < rows; i += L<A>) store(sums + i, log(load(sums + i)));
+      for (int i = 0; i < rows; ++i) losses[i] += sums[i];
+      return;
+    }
+    case TokenLoss::l1:
+      for (int i = 0; i < rows; ++i) {
+        const A* y = s.logits + i * s.stride;
+        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA { return magnitude<A>(load(y + c) - load(t + c)); });
+      }
+      return;
+    case TokenLoss::mse:
+      for (int i = 0; i < rows; ++i) {
+        const A* y = s.logits + i * s.stride;
+        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA {
+          Vec<A> difference = load(y + c) - load(t + c);
+          return difference * difference;
+        });
+      }
+      return;
+    case TokenLoss::bce:
+      for (int i = 0; i < rows; ++i) {
+        const A* y = s.logits + i * s.stride;
+        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA {
+          Vec<A> x = load(y + c);
+          return (x < 0 ? Vec<A>{} : x) - x * load(t + c) + log1p<A>(exp(-magnitude<A>(x)));
+        });
+      }
+      return;
+    case TokenLoss::cosine:
+      for (int i = 0; i < rows; ++i) {
+        Angle<A> angle(s.logits + i * s.stride, t, s.columns);
+        losses[i] = 1 - angle.yt / angle.divisor();
+      }
+      return;
+  }
+}
+
+// Each row of logits becomes its own gradient, times grads[i]; adds the target's to s.grad_target if `to_target`.
+template <typename A>
+__attribute__((noinline)) void token_gradients(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token,
+                                               const A* grads, const bool* absent, bool to_target) {
+  const A* t = s.target;
+  for (int i = 0; i <= a.members; ++i) {
+    A* y = s.logits + i * s.stride;
+    auto each = [&](auto step) TF_LAMBDA {
+      for (int64_t c = 0; c < s.columns; c += L<A>) store(y + c, step(c, load(y + c)));
+    };
+    auto add_to_target = [&](int64_t c, Vec<A> x) TF_LAMBDA { store(s.grad_target + c, load(s.grad_target + c) + x); };
+    if (absent[i]) {
+      each([&](int64_t, Vec<A>) TF_LAMBDA { return Vec<A>{}; });
+      continue;
+    }
+    A g = grads[i], share = g / A(a.classes);
+    switch (a.loss) {
+      case TokenLoss::cross_entropy: {
+        if (token.label < 0 || token.label >= a.classes) {
+          each([&](int64_t, Vec<A>) TF_LAMBDA { return splat(A(NAN)); });
+          break;
+        }
+        A top = peak(y, s.columns);
+        A norm = total<A>(s.columns, [&](int64_t c) TF_LAMBDA {
+          Vec<A> e = exp(load(y + c) - top);
+          store(y + c, e);
+          return e;
+        });
+        A scale = g / norm;
+        each([&](int64_t, Vec<A> e) TF_LAMBDA { return scale * e; });
+        y[token.label] -= g;
+        break;
+      }
+      case TokenLoss::l1:
+        each([&](int64_t c, Vec<A> x) TF_LAMBDA {
+          Vec<A> d = x - load(t + c), zero = {};
+          Vec<A> one = (d > 0 ? splat(share) : zero) - (d < 0 ? splat(share) : zero);
+          if (to_target) add_to_target(c, -one);
+          return one;
+        });
+        break;
+      case TokenLoss::mse:
+        each([&](int64_t c, Vec<A> x) TF_LAMBDA {
+          Vec<A> d = 2 * share * (x - load(t + c));
+          if (to_target) add_to_target(c, -d);
+          return d;
+        });
+        break;
+      case TokenLoss::bce:
+        each([&](int64_t c, Vec<A> x) TF_LAMBDA {
+          Vec<A> e = exp(-magnitude<A>(x));
+          if (to_target) add_to_target(c, -share * x);
+          return share * ((x < 0 ? e : splat(A(1))) / (1 + e) - load(t + c));
+        });
+        break;
+      case TokenLoss::cosine: {
+        Angle<A> angle(y, t, s.columns);
+        // The norms' own derivatives, but where the divisor is held, or a norm is 0.
+        A level = angle.clamped() ? A(0) : angle.yt / angle.norms;
+        A along_y = level == 0 ? A(0) : g * level / angle.yy, along_t = level == 0 ? A(0) : g * level / angle.tt;
+        A scale = -g / angle.divisor();
+        each([&](int64_t c, Vec<A> x) TF_LAMBDA {
+          if (to_target) add_to_target(c, scale * x + along_t * load(t + c));
+          return scale * load(t + c) + along_y * x;
+        });
+        break;
+      }
+    }
+  }
+}
+
+// ---- tokens in and out
+
+// Whether the token counts; if so, its class and its weights.
+template <typename A>
+TF_INLINE bool read_token(const Counterfactual& a, int64_t index, Token<A>& token) {
+  int64_t b = index / a.tokens, n = index % a.tokens;
+  if (a.valid && !a.valid[b * a.valid_stride[0] + n * a.valid_stride[1]]) return false;
+  token.index = index, token.b = b, token.n = n;
+  if (a.loss == TokenLoss::cross_entropy) {
+    int64_t offset = b * a.label_stride[0] + n * a.label_stride[1];
+    token.label = a.wide_labels ? ((const int64_t*)a.labels)[offset] : ((const int32_t*)a.labels)[offset];
+    if (token.label == a.ignore_index) return false;
+  }
+  for (int k = 0; k < a.members; ++k)
+    token.weights[k] = at<A>(a.weights, b * a.weights.stride[0] + n * a.weights.stride[1] + k * a.weights.stride[2]);
+  return true;
+}
+
+template <typename A>
+TF_INLINE void read_target(const Counterfactual& a, const Token<A>& token, A* out) {
+  if (a.loss == TokenLoss::cross_entropy) return;
+  int64_t offset = token.b * a.target.stride[0] + token.n * a.target.stride[1], step = a.target.stride[2];
+  if (step == 1 && a.target.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
+    const A* from = (const A*)a.target.data + offset;
+    for (int64_t c = 0; c < a.classes; ++c) out[c] = from[c];
+  } else {
+    for (int64_t c = 0; c < a.classes; ++c) out[c] = at<A>(a.target, offset + c * step);
+  }
+}
+
+// A row as accumulators with zeros up to whole vectors: the row itself, unless it has to be copied.
+template <typename S>
+TF_INLINE const acc_t<S>* gathered(const S* p, int64_t count, bool copy, acc_t<S>* out) {
+  using A = acc_t<S>;
+  if constexpr (sizeof(S) == sizeof(A))
+    if (!copy) return p;
+  int64_t i = 0;
+  for (; i + L<A> <= count; i += L<A>) store(out + i, load(p + i));
+  if (i < count) store(out + i, load(p + i, int(count - i)));
+  return out;
+}
+
+// The tokens from `next` on that count, at most a tile of them, with their projections. skip(index) is told of others.
+template <typename S, typename Skip>
+TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool whole_vectors,
+                        Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
+  using A = acc_t<S>;
+  int members = int(a.members), most = int(counterfactual_tile(members)), count = 0;
+  for (; next < end && count < most; ++next) {
+    Token<A>& token = tokens[count];
+    if (!read_token(a, next, token)) {
+      skip(next);
+      continue;
+    }
+    for (int k = 0; k < members; ++k) {
+      int i = count * members + k;
+      const S* from = row<S>(a.features[k], token.b, token.n);
+      if (a.projected)
+        gathered(from, a.classes, true, s.projections + i * s.stride);
+      else
+        rows[i] = gathered(from, a.width, whole_vectors && a.width % L<A>, s.features + i * in_whole_vectors(a.width));
+    }
+    ++count;
+  }
+  if (count && !a.projected) {
+    int filled = count * members;
+    for (int i = 0; i < kTileRows; ++i) rows[filled + i] = rows[filled - 1];
+    project(rows, filled, a, s.projections, s.stride);
+  }
+  return count;
+}
+
+template <typename S>
+void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) {
+  using A = acc_t<S>;
+  Scratch<A> s = laid_out<A>(a, memory);
+  int64_t members = a.members;
+  A losses[kMaxExperts + 1];
+  auto write = [&](int64_t index, auto value) TF_LAMBDA {
+    ((A*)a.full)[index] = value(0);
+    A* without = (A*)a.without + index / a.tokens * members * a.tokens + index % a.tokens;
+    for (int64_t k = 0; k < members; ++k) without[k * a.tokens] = value(k + 1);
+  };
+  Token<A> tokens[32];
+  const A* rows[kMostRows + kTileRows];
+  for (int64_t next = begin; next < end;) {
+    int count = read_tile<S>(a, s, next, end, false, tokens, rows, [&](int64_t index) TF_LAMBDA {
+      write(index, [](int64_t) TF_LAMBDA { return A(0); });
+    });
+    for (int i = 0; i < count; ++i) {
+      read_target(a, tokens[i], s.target);
+      make_logits(a, s, tokens[i], s.projections + i * members * s.stride);
+      token_losses(a, s, tokens[i], losses);
+      write(tokens[i].index, [&](int64_t row) TF_LAMBDA { return losses[row]; });
+    }
+  }
+}
+
+// From the gradients of a token's logits: its projections become their own gradients, dw and db are summed up.
+template <typename A>
+TF_INLINE void join_gradients(const CounterfactualBackward& a, const Scratch<A>& s, const Token<A>& token,
+                              A* projections) {
+  int members = int(a.inputs.members);
+  Vec<A> dots[kMaxExperts] = {};
+  for (int64_t c = 0; c < s.columns; c += L<A>) {
+    Vec<A> rest[kMaxExperts];
+    Vec<A> behind = {};
+    for (int k = members - 1; k >= 0; --k) {
+      rest[k] = behind;
+      behind += load(s.logits + (k + 1) * s.stride + c);
+    }
+    Vec<A> before = load(s.logits + c);
+    for (int k = 0; k < members; ++k) {
+      Vec<A> others = before + rest[k];
+      A* p = projections + k * s.stride + c;
+      dots[k] += load(p) * others;
+      store(p, token.weights[k] * others);
+      before += load(s.logits + (k + 1) * s.stride + c);
+    }
+    if (a.bias_sums) store(s.bias_sums + c, load(s.bias_sums + c) + before);
+  }
+  if (a.grad_weights)
+    for (int k = 0; k < members; ++k) ((A*)a.grad_weights)[token.index * members + k] = sum(dots[k]);
+}
+
+// dF = dP W for those rows of the tile that somebody needs.
+template <typename S>
+TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S>>& s, const Token<acc_t<S>>* tokens,
+                          int count) {
+  using A = acc_t<S>;
+  const Counterfactual& in = a.inputs;
+  const A* from[kMostRows + kTileRows];
+  S* to[kMostRows];
+  int rows = 0;
+  for (int i = 0; i < count; ++i)
+    for (int k = 0; k < in.members; ++k)
+      if (a.grad_features[k]) {
+        to[rows] = (S*)a.grad_features[k] + tokens[i].b * a.grad_stride[0] + tokens[i].n * a.grad_stride[1];
+        from[rows++] = s.projections + (i * in.members + k) * s.stride;
+      }
+  if (rows == 0) return;
+  if (in.projected) {
+    for (int i = 0; i < rows; ++i)
+      along<A>(in.classes, [&](int64_t c, auto part, int n) TF_LAMBDA {
+        put(to[i], c, get(from[i], c, part, n), part, n);
+      });
+    return;
+  }
+  for (int i = 0; i < kTileRows; ++i) from[rows + i] = from[rows - 1];
+  int64_t stride = in_whole_vectors(in.width);
+  for (int i = 0; i < rows; i += kTileRows) {
+    int some = smaller(kTileRows, rows - i);
+    const A* left[kTileRows];
+    for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
+    product<A>(
+        some, padded<A>(in.width), in.classes, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
+        [&](int64_t c) TF_LAMBDA { return (const A*)a.padded_head + c * a.padded_stride; },
+        [&](int r) TF_LAMBDA { return s.grad_rows + r * stride; });
+    for (int r = 0; r < some; ++r)
+      along<A>(in.width, [&](int64_t d, auto part, int n) TF_LAMBDA {
+        put(to[i + r], d, get(s.grad_rows + r * stride, d, part, n), part, n, a.past_caches);
+      });
+  }
+}
+
+template <typename S>
+void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void* memory) {
+  using A = acc_t<S>;
+  const Counterfactual& in = a.inputs;
+  Scratch<A> s = laid_out<A>(in, memory);
+  int64_t members = in.members, classes = in.classes, tokens_in_all = in.batch * in.tokens;
+  int64_t length = in.projected ? classes : in.width;
+  auto clear = [](A* p, int64_t count) TF_LAMBDA {
+    for (int64_t i = 0; i < count; ++i) p[i] = 0;
+  };
+  auto skip = [&](int64_t index) TF_LAMBDA {
+    int64_t offset = index / in.tokens * a.grad_stride[0] + index % in.tokens * a.grad_stride[1];
+    for (int64_t k = 0; k < members; ++k)
+      if (a.grad_features[k])
+        along<A>(length, [&](int64_t d, auto part, int n) TF_LAMBDA {
+          put((S*)a.grad_features[k] + offset, d, Vec<A>{}, part, n, a.past_caches);
+        });
+    if (a.grad_weights) clear((A*)a.grad_weights + index * members, members);
+    if (a.grad_target) clear((A*)a.grad_target + index * classes, classes);
+  };
+  A grads[kMaxExperts + 1] = {};
+  bool absent[kMaxExperts + 1];
+  for (int64_t k = 0; k <= members; ++k) absent[k] = !(k ? a.grad_without.data : a.grad_full.data);
+  Token<A> tokens[32];
+  const A* rows[kMostRows + kTileRows];
+  for (int64_t chunk = begin; chunk < end; ++chunk) {
+    A* head_sums = a.head_sums ? (A*)a.head_sums + chunk * classes * in_whole_vectors(in.width) : nullptr;
+    if (head_sums) clear(head_sums, classes * in_whole_vectors(in.width));
+    clear(s.bias_sums, s.stride);
+    int64_t stop = smaller((chunk + 1) * a.chunk, tokens_in_all);
+    for (int64_t next = chunk * a.chunk; next < stop;) {
+      int count = read_tile<S>(in, s, next, stop, head_sums != nullptr, tokens, rows, skip);
+      if (count == 0) continue;
+      for (int i = 0; i < count; ++i) {
+        const Token<A>& token = tokens[i];
+        A* projections = s.projections + i * members * s.stride;
+        if (!absent[0])
+          grads[0] = at<A>(a.grad_full, token.b * a.grad_full.stride[0] + token.n * a.grad_full.stride[1]);
+        if (!absent[1])
+          for (int64_t k = 0; k < members; ++k)
+            grads[k + 1] = at<A>(a.grad_without, token.b * a.grad_without.stride[0] + k * a.grad_without.stride[1] +
+                                                     token.n * a.grad_without.stride[2]);
+        read_target(in, token, s.target);
+        make_logits(in, s, token, projections);
+        if (a.grad_target) clear(s.grad_target, s.stride);
+        token_gradients(in, s, token, grads, absent, a.grad_target != nullptr);
+        join_gradients(a, s, token, projections);
+        if (a.grad_target)
+          for (int64_t c = 0; c < classes; ++c) ((A*)a.grad_target)[token.index * classes + c] = s.grad_target[c];
+      }
+      write_rows<S>(a, s, tokens, count);
+      if (head_sums)
+        product<A>(
+            int(classes), padded<A>(in.width), count * members, true,
+            [&](int c, int64_t k) TF_LAMBDA { return s.projections[k * s.stride + c]; },
+            [&](int64_t k) TF_LAMBDA { return rows[k]; },
+            [&](int c) TF_LAMBDA { return head_sums + c * in_whole_vectors(in.width); });
+    }
+    if (a.bias_sums)
+      for (int64_t c = 0; c < s.stride; ++c) ((A*)a.bias_sums)[chunk * s.stride + c] = s.bias_sums[c];
+  }
+  fence();
+}
+
+void counterfactual(const Counterfactual& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end, scratch); });
+}
+
+void counterfactual_backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.inputs.type, [&](auto s) { backward<decltype(s)>(a, begin, end, scratch); });
+}
+
+void counterfactual_pack(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  if (a.wide)
+    pack<double>(a, begin, end);
+  else
+    pack<float>(a, begin, end);
+}
+
+}  // namespace TIGER_FAST_ISA
+}  // namespace tiger_fast

@@ -1,0 +1,188 @@
+"""Counterfactual losses of a linear head (TIGER eq. 8), from experts or from their projections: schemas, shapes, gradients."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.reference import TOKEN_LOSSES, accumulator
+
+# The compiled library knows a loss by its place in this order.
+_LOSSES = {name: place for place, name in enumerate(TOKEN_LOSSES)}
+
+_REST = "Tensor target, int loss, Tensor? valid, int ignore_index"
+_FROM_EXPERTS = f"Tensor[] experts, Tensor weights, Tensor head_weight, Tensor? head_bias, {_REST}"
+_FROM_PROJECTIONS = f"Tensor projections, Tensor weights, Tensor? head_bias, {_REST}"
+
+
+def _fake_losses(weights: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
+    batch, tokens, members = weights.shape
+    dtype = accumulator(activation.dtype)
+    return weights.new_empty((batch, tokens), dtype=dtype), weights.new_empty((batch, members, tokens), dtype=dtype)
+
+
+def _fake(experts: Sequence[Tensor], weights: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _fake_losses(weights, experts[0])
+
+
+def _backward_fake(
+    grad_full: Tensor | None,
+    grad_without: Tensor | None,
+    experts: Sequence[Tensor],
+    weights: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    loss: int,
+    valid: Tensor | None,
+    ignore_index: int,
+    needs: int,
+) -> list[Tensor]:
+    return wanted(needs, *experts, weights, head_weight, head_bias, target)
+
+
+def _projections_fake(projections: Tensor, weights: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    return _fake_losses(weights, projections)
+
+
+def _projections_backward_fake(
+    grad_full: Tensor | None,
+    grad_without: Tensor | None,
+    projections: Tensor,
+    weights: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    loss: int,
+    valid: Tensor | None,
+    ignore_index: int,
+    needs: int,
+) -> list[Tensor]:
+    return wanted(needs, projections, weights, head_bias, target)
+
+
+_GRADS = "Tensor? grad_full, Tensor? grad_without"
+define(f"counterfactual_losses({_FROM_EXPERTS}) -> (Tensor, Tensor)", _fake)
+define(f"counterfactual_losses_backward({_GRADS}, {_FROM_EXPERTS}, int needs) -> Tensor[]", _backward_fake)
+define(f"counterfactual_losses_from_projections({_FROM_PROJECTIONS}) -> (Tensor, Tensor)", _projections_fake)
+define(
+    f"counterfactual_losses_from_projections_backward({_GRADS}, {_FROM_PROJECTIONS}, int needs) -> Tensor[]",
+    _projections_backward_fake,
+)
+
+
+class _FromExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        loss: int,
+        ignore_index: int,
+        valid: Tensor | None,
+        weights: Tensor,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+        target: Tensor,
+        *experts: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.loss, ctx.ignore_index = loss, ignore_index
+        ctx.save_for_backward(valid, weights, head_weight, head_bias, target, *experts)
+        return torch.ops.tiger_fast.counterfactual_losses(
+            experts, weights, head_weight, head_bias, target, loss, valid, ignore_index
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_full: Tensor | None, grad_without: Tensor | None) -> tuple[Tensor | None, ...]:
+        *_, for_weights, for_head, for_bias, for_target = ctx.needs_input_grad[:7]
+        for_experts = ctx.needs_input_grad[7:]
+        if grad_full is None and grad_without is None:
+            return (None,) * (7 + len(for_experts))
+        valid, weights, head_weight, head_bias, target, *experts = ctx.saved_tensors
+        needs = (*for_experts, for_weights, for_head, for_bias, for_target)
+        found = torch.ops.tiger_fast.counterfactual_losses_backward(
+            grad_full,
+            grad_without,
+            experts,
+            weights,
+            head_weight,
+            head_bias,
+            target,
+            ctx.loss,
+            valid,
+            ctx.ignore_index,
+            mask(needs),
+        )
+        *grad_experts, grad_weights, grad_head, grad_bias, grad_target = spread(needs, found)
+        return None, None, None, grad_weights, grad_head, grad_bias, grad_target, *grad_experts
+
+
+class _FromProjections(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx,
+        loss: int,
+        ignore_index: int,
+        valid: Tensor | None,
+        projections: Tensor,
+        weights: Tensor,
+        head_bias: Tensor | None,
+        target: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.loss, ctx.ignore_index = loss, ignore_index
+        ctx.save_for_backward(valid, projections, weights, head_bias, target)
+        return torch.ops.tiger_fast.counterfactual_losses_from_projections(
+            projections, weights, head_bias, target, loss, valid, ignore_index
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_full: Tensor | None, grad_without: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_full is None and grad_without is None:
+            return (None,) * 7
+        valid, projections, weights, head_bias, target = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        found = torch.ops.tiger_fast.counterfactual_losses_from_projections_backward(
+            grad_full,
+            grad_without,
+            projections,
+            weights,
+            head_bias,
+            target,
+            ctx.loss,
+            valid,
+            ctx.ignore_index,
+            mask(needs),
+        )
+        return None, None, None, *spread(needs, found)
+
+
+def counterfactual_losses(
+    experts: Sequence[Tensor],
+    weights: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    loss: str,
+    valid: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """`tiger_fast.functional.counterfactual_losses` by a compiled kernel; arguments as in `tiger_fast.reference`."""
+    return _FromExperts.apply(
+        _LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts
+    )
+
+
+def counterfactual_losses_from_projections(
+    projections: Tensor,
+    weights: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    loss: str,
+    valid: Tensor | None,
+    ignore_index: int,
+) -> tuple[Tensor, Tensor]:
+    """`counterfactual_losses` from projections, likewise."""
+    return _FromProjections.apply(_LOSSES[loss], ignore_index, valid, projections, weights, head_bias, target)
