@@ -20,65 +20,6 @@ TF_INLINE const S* row(const Rows& r, int64_t i, int64_t j, int64_t k, int64_t l
   return row<S>(r, i, j, k) + l * r.stride[3];
 }
 
-template <int I, int J, typename S, typename U, typename Left, typename Right>
-TF_INLINE void dots_tile(int64_t width, Left left, Right right, acc_t<S>* out, int64_t stride) {
-  using A = acc_t<S>;
-  Vec<A> sums[I][J] = {};
-  auto step = [&](auto get) TF_LAMBDA {
-    Vec<A> b[J];
-    for (int j = 0; j < J; ++j) b[j] = get(right(j));
-    for (int i = 0; i < I; ++i) {
-      Vec<A> a = get(left(i));
-      for (int j = 0; j < J; ++j) sums[i][j] += a * b[j];
-    }
-  };
-  int64_t d = 0;
-  for (; d + L<A> <= width; d += L<A>) step([&](auto p) TF_LAMBDA { return load(p + d); });
-  if (d < width) step([&](auto p) TF_LAMBDA { return load(p + d, int(width - d)); });
-  for (int i = 0; i < I; ++i)
-    for (int j = 0; j < J; ++j) out[i * stride + j] = sum(sums[i][j]);
-}
-
-// out[i * stride + j] = left(i) . right(j) for i < rows, j < columns; left gives pointers to S, right to U.
-template <typename S, typename U, typename Left, typename Right>
-TF_INLINE void dots(int rows, int columns, int64_t width, Left left, Right right, acc_t<S>* out, int64_t stride) {
-  constexpr int I = kRegisters == 32 ? 4 : 2, J = 4;
-  for (int i = 0; i < rows; i += I) {
-    for (int j = 0; j < columns; j += J) {
-      auto run = [&](auto r, auto c) TF_LAMBDA {
-        dots_tile<decltype(r)::value, decltype(c)::value, S, U>(
-            width, [&](int x) TF_LAMBDA { return left(i + x); }, [&](int x) TF_LAMBDA { return right(j + x); },
-            out + i * stride + j, stride);
-      };
-      auto by_columns = [&](auto r) TF_LAMBDA {
-        switch (columns - j) {
-          case 1:
-            return run(r, constant<1>{});
-          case 2:
-            return run(r, constant<2>{});
-          case 3:
-            return run(r, constant<3>{});
-          default:
-            return run(r, constant<4>{});
-        }
-      };
-      switch (rows - i) {
-        case 1:
-          by_columns(constant<1>{});
-          break;
-        case 2:
-          by_columns(constant<2>{});
-          break;
-        case 3:
-          by_columns(constant<(I < 3 ? I : 3)>{});
-          break;
-        default:
-          by_columns(constant<I>{});
-      }
-    }
-  }
-}
-
 // Calls step(d, full) for every vector of a row of `width`: step(d, L) in the body, step(d, n < L) for the rest.
 template <typename A, typename Step>
 TF_INLINE void along(int64_t width, Step step) {
@@ -105,8 +46,51 @@ TF_INLINE void put(S* p, int64_t d, Vec<acc_t<S>> x, Partial, int n, bool past_c
     store(p + d, x);
 }
 
+// Functions of their own, not inlined: with every pair of sizes at every call the units would take minutes to compile.
+template <int I, int J, typename S, typename U>
+__attribute__((noinline)) void dots_tile(const S* const* left, const U* const* right, int64_t width, acc_t<S>* out,
+                                         int64_t stride) {
+  using A = acc_t<S>;
+  Vec<A> sums[I][J] = {};
+  along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+    Vec<A> b[J];
+    for (int j = 0; j < J; ++j) b[j] = get(right[j], d, partial, n);
+    for (int i = 0; i < I; ++i) {
+      Vec<A> a = get(left[i], d, partial, n);
+      for (int j = 0; j < J; ++j) sums[i][j] += a * b[j];
+    }
+  });
+  for (int i = 0; i < I; ++i)
+    for (int j = 0; j < J; ++j) out[i * stride + j] = sum(sums[i][j]);
+}
+
+// out[i * stride + j] = left(i) . right(j) for i < rows, j < columns; left gives pointers to S, right to U.
+template <typename S, typename U, typename Left, typename Right>
+TF_INLINE void dots(int rows, int columns, int64_t width, Left left, Right right, acc_t<S>* out, int64_t stride) {
+  constexpr int I = kRegisters == 32 ? 4 : 2, J = 4;
+  using Tile = void (*)(const S* const*, const U* const*, int64_t, acc_t<S>*, int64_t);
+  // Rows past I are never asked for.
+  constexpr int H = smaller(3, I);
+  static constexpr Tile tiles[4][J] = {
+      {dots_tile<1, 1, S, U>, dots_tile<1, 2, S, U>, dots_tile<1, 3, S, U>, dots_tile<1, 4, S, U>},
+      {dots_tile<2, 1, S, U>, dots_tile<2, 2, S, U>, dots_tile<2, 3, S, U>, dots_tile<2, 4, S, U>},
+      {dots_tile<H, 1, S, U>, dots_tile<H, 2, S, U>, dots_tile<H, 3, S, U>, dots_tile<H, 4, S, U>},
+      {dots_tile<I, 1, S, U>, dots_tile<I, 2, S, U>, dots_tile<I, 3, S, U>, dots_tile<I, 4, S, U>}};
+  for (int i = 0; i < rows; i += I) {
+    const S* l[I];
+    int height = smaller(I, rows - i);
+    for (int x = 0; x < height; ++x) l[x] = left(i + x);
+    for (int j = 0; j < columns; j += J) {
+      const U* r[J];
+      int breadth = smaller(J, columns - j);
+      for (int x = 0; x < breadth; ++x) r[x] = right(j + x);
+      tiles[height - 1][breadth - 1](l, r, width, out + i * stride + j, stride);
+    }
+  }
+}
+
 template <int COUNT, typename From, typename S>
-TF_INLINE void mix_of(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
+__attribute__((noinline)) void mix_of(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
                       bool past_caches) {
   along<acc_t<S>>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
     Vec<acc_t<S>> total = {};

@@ -14,6 +14,7 @@
 #if defined(__GNUC__) && !defined(__clang__)
 // gcc 12 warns of what its own header leaves undefined on purpose (__m512 __Y = __Y), wherever it is inlined.
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 #endif
 
@@ -68,11 +69,11 @@ TF_INLINE Vec<A> splat(A x) {
 }
 
 template <typename A>
-TF_INLINE A smaller(A a, A b) {
+constexpr TF_INLINE A smaller(A a, A b) {
   return b < a ? b : a;
 }
 template <typename A>
-TF_INLINE A larger(A a, A b) {
+constexpr TF_INLINE A larger(A a, A b) {
   return a < b ? b : a;
 }
 // NaN in either gives NaN, as torch's max does.
