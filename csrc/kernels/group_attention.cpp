@@ -353,7 +353,8 @@ void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
   const GroupAttention& in = a.inputs;
   int members = int(in.members);
   bool through_scores = a.grad_q.data || a.grad_k.data;
-  Cut cut = Cut::of<A>(in, 4 * members);
+  bool direct = in.head % L<A> == 0 && members <= 8;
+  Cut cut = Cut::of<A>(in, direct ? 1 : 4 * members);
   bool whole = cut.width == in.head;  // the tiles of the first pass are those of the second
   A scale = A(1) / A(::sqrt(double(in.head)));
   alignas(64) A tile[kTile];
@@ -361,6 +362,26 @@ void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     Walk<S> walk{in, r / in.tokens, r % in.tokens, members, cut};
     walk.blocks([&](int64_t h, int heads) TF_LAMBDA {
+      if (direct) {
+        Block<S> q = walk.in_place(in.q, h), k = walk.in_place(in.k, h), v = walk.in_place(in.v, h);
+        Block<S> grad = walk.in_place(a.grad, h);
+        int rows = heads * members;
+        int64_t head = in.head;
+        score(members, heads, head, q, k, scale, false, weights.at);
+        softmax(members, rows, weights.at);
+        if (through_scores) {
+          score(members, heads, head, grad, v, A(1), false, grads.at);
+          softmax_backward(members, rows, weights.at, grads.at);
+        }
+        auto to = [&](const Target& t) TF_LAMBDA { return walk.to(t, h, heads, 0, head); };
+        if (a.grad_q.data)
+          mix(members, heads, head, head, grads.at, false, k, scale, to(a.grad_q), in.past_caches);
+        if (a.grad_k.data)
+          mix(members, heads, head, head, grads.at, true, q, scale, to(a.grad_k), in.past_caches);
+        if (a.grad_v.data)
+          mix(members, heads, head, head, weights.at, true, grad, A(1), to(a.grad_v), in.past_caches);
+        return;
+      }
       auto read = [&](const Rows& from, int place, int64_t c, int64_t width, int64_t padded, bool again) TF_LAMBDA {
         A* to = tile + place * members * heads * padded;
         return again ? walk.read(from, h, heads, c, width, padded, to) : Block<A>{to, heads * padded, padded};
