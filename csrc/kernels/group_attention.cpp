@@ -18,8 +18,8 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
-// The largest group whose rows are read where they are: each is then read at most twice for its scores, which costs less
-// than copying it (measured at G = 4: forward 12 ms with copies, 7 without; backward 14 and 10).
+// The largest group whose rows are read where they are: each is then read at most twice for its scores, which costs
+// less than copying it (measured at G = 4: forward 12 ms with copies, 7 without; backward 14 and 10).
 constexpr int kInPlace = 8;
 // Elements of all tiles of a block: 16 KiB of floats. The least that holds a vector of each of 4 G rows is 2048.
 constexpr int kTile = 4096;
@@ -65,7 +65,7 @@ TF_INLINE Vec<A> first(Vec<A> x, int n) {
   return x;
 }
 
-// The members' rows of one head block, `heads` times `width` channels from `channel` on, to tile[(g * heads + h) * padded].
+// The members' rows of one head block, `heads` times `width` channels, to tile[(g * heads + h) * padded].
 template <typename S>
 TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int64_t width, int64_t padded,
                       int64_t behind, acc_t<S>* tile) {
@@ -208,7 +208,8 @@ template <typename A>
 void softmax_backward(int members, int rows, const A* weights, A* grads) {
   for (int x = 0; x < rows; x += L<A>) {
     Vec<A> level = {};
-    for (int j = 0; j < members; ++j) level += load(weights + j * kScoreStride + x) * load(grads + j * kScoreStride + x);
+    for (int j = 0; j < members; ++j)
+      level += load(weights + j * kScoreStride + x) * load(grads + j * kScoreStride + x);
     for (int j = 0; j < members; ++j) {
       int at = j * kScoreStride + x;
       store(grads + at, load(weights + at) * (load(grads + at) - level));
