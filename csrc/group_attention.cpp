@@ -1,5 +1,5 @@
-// Group attention (TIGER sec. 3.4): memory and threads around the kernels of the same name. The packed form differs from
-// the other in where q, k and v begin, and in nothing else.
+// Group attention (TIGER sec. 3.4): memory and threads around the kernels of the same name. The packed form differs
+// from the other in where q, k and v begin, and in nothing else.
 #include "host.h"
 
 namespace tiger_fast {

@@ -5,10 +5,11 @@
 //          dq_i = sum over j of dS_ij k_j / sqrt(head), dk_j = sum over i of dS_ij q_i / sqrt(head),
 //          dv_j = sum over i of P_ij dout_i. P is computed again rather than saved.
 // Bytes:   forward reads 3 G and writes G units of B N D elements; backward reads 4 G and writes 3 G.
-// Layout:  a token and a block of its heads at a time. Each row is read once, into a tile of accumulators in the first
-//          cache, padded with zeros to whole vectors: rows G apart in memory lie a multiple of 4 KiB apart, more of them
-//          than a cache has ways. Scores are kept as scores[j][x] with x = h G + i, so that in the softmax every lane is
-//          a row of its own.
+// Layout:  a token and a block of its heads at a time. Scores are kept as scores[j][x] with x = h G + i, so that in the
+//          softmax every lane is a row of its own. Heads of whole vectors in groups of up to 8 are read where they are.
+//          Others go through a tile of accumulators in the first cache, padded with zeros to whole vectors: partial
+//          vectors are then dealt with once, and large groups, whose rows lie a multiple of 4 KiB apart and would push
+//          each other out of a cache, are read again from the tile.
 #include "group_attention.h"
 
 #include "entry.h"
@@ -17,6 +18,9 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
+// The largest group whose rows are read where they are: each is then read at most twice for its scores, which costs
+// less than copying it (measured at G = 4: forward 12 ms with copies, 7 without; backward 14 and 10).
+constexpr int kInPlace = 8;
 // Elements of all tiles of a block: 16 KiB of floats. The least that holds a vector of each of 4 G rows is 2048.
 constexpr int kTile = 4096;
 // Rows (h, i) of scores in a block; stores of four lanes may reach 3 further.
@@ -42,6 +46,13 @@ struct Cut {
   }
 };
 
+// Rows of a head block: head h of member g begins at data + g * stride + h * head.
+template <typename From>
+struct Block {
+  const From* data;
+  int64_t stride, head;
+};
+
 template <typename A>
 struct Scores {
   alignas(kBytes) A at[kMaxGroup * kScoreStride] = {};
@@ -54,14 +65,14 @@ TF_INLINE Vec<A> first(Vec<A> x, int n) {
   return x;
 }
 
-// The members' rows of one head block, `heads` times `width` channels from `channel` on, to tile[(g * heads + h) * padded].
+// The members' rows of one head block, `heads` times `width` channels, to tile[(g * heads + h) * padded].
 template <typename S>
 TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int64_t width, int64_t padded,
-                      int64_t behind, acc_t<S> factor, acc_t<S>* tile) {
+                      int64_t behind, acc_t<S>* tile) {
   using A = acc_t<S>;
   for (int g = 0; g < members; ++g, from += stride) {
     if (width == padded) {
-      for (int64_t d = 0; d < heads * width; d += L<A>, tile += L<A>) store(tile, load(from + d) * factor);
+      for (int64_t d = 0; d < heads * width; d += L<A>, tile += L<A>) store(tile, load(from + d));
       continue;
     }
     for (int h = 0; h < heads; ++h)
@@ -70,7 +81,7 @@ TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int
         int n = int(smaller<int64_t>(width - d, L<A>));
         // Whole vectors as long as the row (of which `behind` elements follow this block) has them.
         bool whole = (heads - h) * width - d + behind >= L<A>;
-        store(tile, (whole ? first<A>(load(p), n) : load(p, n)) * factor);
+        store(tile, whole ? first<A>(load(p), n) : load(p, n));
       }
   }
 }
@@ -105,15 +116,17 @@ TF_INLINE void totals(const vdouble* v, double* out) {
   for (int i = 0; i < 4; ++i) out[i] = sum(v[i]);
 }
 
-// out[j * kScoreStride + i] (+)= left row i . right row j for i < I <= 4, j < J; up to four lanes i are written.
-template <typename A, int I, int J>
-TF_INLINE void score_tile(int64_t padded, const A* left, const A* right, int64_t stride, bool add, A* out) {
+// out[j * kScoreStride + i] (+)= (factor * left row i) . right row j for i < I <= 4, j < J; four lanes i are written.
+template <int I, int J, typename From>
+TF_INLINE void score_tile(int64_t padded, const From* left, int64_t left_stride, const From* right,
+                          int64_t right_stride, acc_t<From> factor, bool add, acc_t<From>* out) {
+  using A = acc_t<From>;
   Vec<A> sums[J][4] = {};
   for (int64_t d = 0; d < padded; d += L<A>) {
     Vec<A> b[J];
-    for (int j = 0; j < J; ++j) b[j] = load(right + j * stride + d);
+    for (int j = 0; j < J; ++j) b[j] = load(right + j * right_stride + d);
     for (int i = 0; i < I; ++i) {
-      Vec<A> a = load(left + i * stride + d);
+      Vec<A> a = load(left + i * left_stride + d) * factor;
       for (int j = 0; j < J; ++j) sums[j][i] += a * b[j];
     }
   }
@@ -152,22 +165,23 @@ TF_INLINE void in_parts(int members, Run run) {
   }
 }
 
-// The scores of a block: scores[j][h G + i] (+)= left(i, h) . right(j, h).
-template <typename A>
-void score(int members, int heads, int64_t padded, const A* left, const A* right, bool add, A* scores) {
-  int64_t stride = heads * padded;
+// The scores of a block: scores[j][h G + i] (+)= (factor * left(i, h)) . right(j, h).
+template <typename From>
+void score(int members, int heads, int64_t padded, Block<From> left, Block<From> right, acc_t<From> factor, bool add,
+           acc_t<From>* scores) {
   for (int h = 0; h < heads; ++h)
     in_parts(members, [&](int i, auto rows) TF_LAMBDA {
       constexpr int I = decltype(rows)::value;
       // Sixteen sums fill the registers with their operands; eight where there are half as many registers.
       in_parts(members, [&](int j, auto columns) TF_LAMBDA {
         constexpr int J = decltype(columns)::value, FIRST = kRegisters == 32 || J < 3 ? J : 2;
-        const A* l = left + i * stride + h * padded;
-        const A* r = right + j * stride + h * padded;
-        A* out = scores + j * kScoreStride + h * members + i;
-        score_tile<A, I, FIRST>(padded, l, r, stride, add, out);
+        const From* l = left.data + i * left.stride + h * left.head;
+        const From* r = right.data + j * right.stride + h * right.head;
+        auto* out = scores + j * kScoreStride + h * members + i;
+        score_tile<I, FIRST>(padded, l, left.stride, r, right.stride, factor, add, out);
         if constexpr (FIRST < J)
-          score_tile<A, I, J - FIRST>(padded, l, r + FIRST * stride, stride, add, out + FIRST * kScoreStride);
+          score_tile<I, J - FIRST>(padded, l, left.stride, r + FIRST * right.stride, right.stride, factor, add,
+                                   out + FIRST * kScoreStride);
       });
     });
 }
@@ -194,7 +208,8 @@ template <typename A>
 void softmax_backward(int members, int rows, const A* weights, A* grads) {
   for (int x = 0; x < rows; x += L<A>) {
     Vec<A> level = {};
-    for (int j = 0; j < members; ++j) level += load(weights + j * kScoreStride + x) * load(grads + j * kScoreStride + x);
+    for (int j = 0; j < members; ++j)
+      level += load(weights + j * kScoreStride + x) * load(grads + j * kScoreStride + x);
     for (int j = 0; j < members; ++j) {
       int at = j * kScoreStride + x;
       store(grads + at, load(weights + at) * (load(grads + at) - level));
@@ -203,8 +218,8 @@ void softmax_backward(int members, int rows, const A* weights, A* grads) {
 }
 
 // out(i) = factor * sum over j of shares[i * own + j * other] * row j, for I rows and C vectors.
-template <typename S, int I, int C>
-TF_INLINE void mix_tile(int members, const acc_t<S>* shares, int own, int other, const acc_t<S>* rows, int64_t stride,
+template <int I, int C, typename S, typename From>
+TF_INLINE void mix_tile(int members, const acc_t<S>* shares, int own, int other, const From* rows, int64_t stride,
                         acc_t<S> factor, S* out, int64_t out_stride, int64_t width, int64_t behind, bool past_caches) {
   using A = acc_t<S>;
   Vec<A> sums[I][C] = {};
@@ -241,12 +256,11 @@ struct Out {
 
 // out(i, h) = factor * sum over j of share(h, i, j) * row(j, h), where share is scores[j][h G + i] or, transposed,
 // scores[i][h G + j].
-template <typename S>
+template <typename S, typename From>
 void mix(int members, int heads, int64_t width, int64_t padded, const acc_t<S>* scores, bool transposed,
-         const acc_t<S>* rows, acc_t<S> factor, Out<S> out, bool past_caches) {
+         Block<From> rows, acc_t<S> factor, Out<S> out, bool past_caches) {
   using A = acc_t<S>;
   constexpr int C = kRegisters == 32 ? 4 : 2;
-  int64_t stride = heads * padded;
   int own = transposed ? kScoreStride : 1, other = transposed ? 1 : kScoreStride;
   for (int h = 0; h < heads; ++h)
     in_parts(members, [&](int i, auto count) TF_LAMBDA {
@@ -254,8 +268,8 @@ void mix(int members, int heads, int64_t width, int64_t padded, const acc_t<S>* 
       int64_t d = 0;
       auto run = [&](auto vectors) TF_LAMBDA {
         constexpr int V = decltype(vectors)::value;
-        mix_tile<S, I, V>(members, scores + h * members + i * own, own, other, rows + h * padded + d, stride, factor,
-                          out.data + i * out.stride + h * width + d, out.stride, width - d,
+        mix_tile<I, V>(members, scores + h * members + i * own, own, other, rows.data + h * rows.head + d, rows.stride,
+                       factor, out.data + i * out.stride + h * width + d, out.stride, width - d,
                           (heads - 1 - h) * width + out.behind, past_caches);
         d += V * L<A>;
       };
@@ -287,10 +301,16 @@ struct Walk {
   TF_INLINE int64_t behind(int64_t h, int heads, int64_t c, int64_t width) const {
     return (a.heads - h - heads) * a.head + a.head - c - width;
   }
-  TF_INLINE void read(const Rows& r, int64_t h, int heads, int64_t c, int64_t width, int64_t padded, acc_t<S> factor,
-                      acc_t<S>* tile) const {
+  // The rows where they are.
+  TF_INLINE Block<S> in_place(const Rows& r, int64_t h) const {
+    return {row<S>(r, b, 0, n) + h * a.head, r.stride[1], a.head};
+  }
+  // The rows in a tile.
+  TF_INLINE Block<acc_t<S>> read(const Rows& r, int64_t h, int heads, int64_t c, int64_t width, int64_t padded,
+                                 acc_t<S>* tile) const {
     gather(row<S>(r, b, 0, n) + h * a.head + c, r.stride[1], members, heads, width, padded, behind(h, heads, c, width),
-           factor, tile);
+           tile);
+    return {tile, heads * padded, padded};
   }
   TF_INLINE Out<S> to(const Target& t, int64_t h, int heads, int64_t c, int64_t width) const {
     return {(S*)t.data + b * t.stride[0] + n * t.stride[2] + h * a.head + c, t.stride[1], behind(h, heads, c, width)};
@@ -301,23 +321,30 @@ template <typename S>
 void forward(const GroupAttention& a, int64_t begin, int64_t end) {
   using A = acc_t<S>;
   int members = int(a.members);
-  Cut cut = Cut::of<A>(a, 3 * members);
+  bool direct = a.head % L<A> == 0 && members <= kInPlace;
+  Cut cut = Cut::of<A>(a, direct ? 1 : 3 * members);
   A scale = A(1) / A(::sqrt(double(a.head)));
   alignas(64) A tile[kTile];
   Scores<A> scores;
   for (int64_t r = begin; r < end; ++r) {
     Walk<S> walk{a, r / a.tokens, r % a.tokens, members, cut};
     walk.blocks([&](int64_t h, int heads) TF_LAMBDA {
+      if (direct) {
+        score(members, heads, a.head, walk.in_place(a.q, h), walk.in_place(a.k, h), scale, false, scores.at);
+        softmax(members, heads * members, scores.at);
+        mix(members, heads, a.head, a.head, scores.at, false, walk.in_place(a.v, h), A(1),
+            walk.to(a.out, h, heads, 0, a.head), a.past_caches);
+        return;
+      }
       walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
-        int64_t size = members * heads * padded;
-        walk.read(a.q, h, heads, c, width, padded, scale, tile);
-        walk.read(a.k, h, heads, c, width, padded, A(1), tile + size);
-        score(members, heads, padded, tile, tile + size, c > 0, scores.at);
+        auto q = walk.read(a.q, h, heads, c, width, padded, tile);
+        auto k = walk.read(a.k, h, heads, c, width, padded, tile + members * q.stride);
+        score(members, heads, padded, q, k, scale, c > 0, scores.at);
       });
       softmax(members, heads * members, scores.at);
       walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
-        walk.read(a.v, h, heads, c, width, padded, A(1), tile);
-        mix(members, heads, width, padded, scores.at, false, tile, A(1), walk.to(a.out, h, heads, c, width),
+        auto v = walk.read(a.v, h, heads, c, width, padded, tile);
+        mix(members, heads, width, padded, scores.at, false, v, A(1), walk.to(a.out, h, heads, c, width),
             a.past_caches);
       });
     });
@@ -331,7 +358,8 @@ void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
   const GroupAttention& in = a.inputs;
   int members = int(in.members);
   bool through_scores = a.grad_q.data || a.grad_k.data;
-  Cut cut = Cut::of<A>(in, 4 * members);
+  bool direct = in.head % L<A> == 0 && members <= kInPlace;
+  Cut cut = Cut::of<A>(in, direct ? 1 : 4 * members);
   bool whole = cut.width == in.head;  // the tiles of the first pass are those of the second
   A scale = A(1) / A(::sqrt(double(in.head)));
   alignas(64) A tile[kTile];
@@ -339,39 +367,51 @@ void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
   for (int64_t r = begin; r < end; ++r) {
     Walk<S> walk{in, r / in.tokens, r % in.tokens, members, cut};
     walk.blocks([&](int64_t h, int heads) TF_LAMBDA {
-      int64_t size = 0;
-      auto read = [&](const Rows& from, int place, int64_t c, int64_t width, int64_t padded, A factor) TF_LAMBDA {
-        size = members * heads * padded;
-        walk.read(from, h, heads, c, width, padded, factor, tile + place * size);
+      if (direct) {
+        Block<S> q = walk.in_place(in.q, h), k = walk.in_place(in.k, h), v = walk.in_place(in.v, h);
+        Block<S> grad = walk.in_place(a.grad, h);
+        int rows = heads * members;
+        int64_t head = in.head;
+        score(members, heads, head, q, k, scale, false, weights.at);
+        softmax(members, rows, weights.at);
+        if (through_scores) {
+          score(members, heads, head, grad, v, A(1), false, grads.at);
+          softmax_backward(members, rows, weights.at, grads.at);
+        }
+        auto to = [&](const Target& t) TF_LAMBDA { return walk.to(t, h, heads, 0, head); };
+        if (a.grad_q.data)
+          mix(members, heads, head, head, grads.at, false, k, scale, to(a.grad_q), in.past_caches);
+        if (a.grad_k.data)
+          mix(members, heads, head, head, grads.at, true, q, scale, to(a.grad_k), in.past_caches);
+        if (a.grad_v.data)
+          mix(members, heads, head, head, weights.at, true, grad, A(1), to(a.grad_v), in.past_caches);
+        return;
+      }
+      auto read = [&](const Rows& from, int place, int64_t c, int64_t width, int64_t padded, bool again) TF_LAMBDA {
+        A* to = tile + place * members * heads * padded;
+        return again ? walk.read(from, h, heads, c, width, padded, to) : Block<A>{to, heads * padded, padded};
       };
       walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
-        read(in.q, 0, c, width, padded, scale);
-        read(in.k, 1, c, width, padded, A(1));
-        score(members, heads, padded, tile, tile + size, c > 0, weights.at);
+        auto q = read(in.q, 0, c, width, padded, true), k = read(in.k, 1, c, width, padded, true);
+        score(members, heads, padded, q, k, scale, c > 0, weights.at);
         if (through_scores) {
-          read(in.v, 2, c, width, padded, A(1));
-          read(a.grad, 3, c, width, padded, A(1));
-          score(members, heads, padded, tile + 3 * size, tile + 2 * size, c > 0, grads.at);
+          auto v = read(in.v, 2, c, width, padded, true), grad = read(a.grad, 3, c, width, padded, true);
+          score(members, heads, padded, grad, v, A(1), c > 0, grads.at);
         }
       });
       softmax(members, heads * members, weights.at);
       if (through_scores) softmax_backward(members, heads * members, weights.at, grads.at);
       walk.parts([&](int64_t c, int64_t width, int64_t padded) TF_LAMBDA {
-        if (a.grad_q.data) {
-          if (!whole) read(in.k, 1, c, width, padded, A(1));
-          mix(members, heads, width, padded, grads.at, false, tile + size, scale,
+        if (a.grad_q.data)
+          mix(members, heads, width, padded, grads.at, false, read(in.k, 1, c, width, padded, !whole), scale,
               walk.to(a.grad_q, h, heads, c, width), in.past_caches);
-        }
-        if (a.grad_k.data) {
-          if (!whole) read(in.q, 0, c, width, padded, scale);
-          mix(members, heads, width, padded, grads.at, true, tile, A(1), walk.to(a.grad_k, h, heads, c, width),
-              in.past_caches);
-        }
-        if (a.grad_v.data) {
-          if (!whole || !through_scores) read(a.grad, 3, c, width, padded, A(1));
-          mix(members, heads, width, padded, weights.at, true, tile + 3 * size, A(1),
+        if (a.grad_k.data)
+          mix(members, heads, width, padded, grads.at, true, read(in.q, 0, c, width, padded, !whole), scale,
+              walk.to(a.grad_k, h, heads, c, width), in.past_caches);
+        if (a.grad_v.data)
+          mix(members, heads, width, padded, weights.at, true,
+              read(a.grad, 3, c, width, padded, !whole || !through_scores), A(1),
               walk.to(a.grad_v, h, heads, c, width), in.past_caches);
-        }
       });
     });
   }
