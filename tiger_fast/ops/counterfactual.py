@@ -170,9 +170,7 @@ def counterfactual_losses(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """`tiger_fast.functional.counterfactual_losses` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _FromExperts.apply(
-        _LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts
-    )
+    return _FromExperts.apply(_LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts)
 
 
 def counterfactual_losses_from_projections(
