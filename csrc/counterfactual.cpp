@@ -42,7 +42,7 @@ void describe(Inputs& in, const Tensor& weights, const Optional& bias, const Ten
   const Tensor& like = in.features[0];
   a.type = type_of(like);
   expect_between("C (the classes)", a.classes, INT32_MAX);
-  expect_between("loss", loss + 1, kTokenLosses);
+  STD_TORCH_CHECK(loss >= 0 && loss < kTokenLosses, "loss must be between 0 and ", kTokenLosses - 1, ", got ", loss);
   a.loss = TokenLoss(loss);
   expect("weights", weights, {a.batch, a.tokens, a.members});
   a.weights = small(weights);

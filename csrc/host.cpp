@@ -102,8 +102,10 @@ ScalarType accumulator_type(const Tensor& t) {
 
 Tensor allocate(const Sizes& sizes, ScalarType type) {
   size_t bytes = bytes_of(type);
+  // Half of what 64 bits count, so that rounding up to whole pages stays within them too.
   for (int64_t s : sizes)
-    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size_t(s), &bytes), "the result's size overflows 64 bits");
+    STD_TORCH_CHECK(!__builtin_mul_overflow(bytes, size_t(s), &bytes) && bytes <= size_t(INT64_MAX),
+                    "the result's size overflows 64 bits");
   Tensor made = [&] {
     if (bytes < memory::kSmallest)
       return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));

@@ -228,6 +228,10 @@ ALWAYS_REFUSED = (
 )
 
 
+# Operators that take rows of any leading dimensions.
+ANY_ROWS = ("causal_target", "adapter")
+
+
 def bad_input() -> None:
     """The raw operators with every argument wrong in every way: an exception or a result, and never a crash.
 
@@ -254,6 +258,8 @@ def bad_input() -> None:
                         found = found if isinstance(found, (list, tuple)) else [found]
                         if "meta" in what and all(isinstance(t, Tensor) and t.is_meta for t in found):
                             continue  # the shape function's answer, where no other tensor came with it
+                        if what == "one more dimension" and any(op in str(operator) for op in ANY_ROWS):
+                            continue
                         assert not any(word in what for word in ALWAYS_REFUSED), f"{operator} took argument {i} {what}"
                     tried += 1
             seen.add(operator)
@@ -264,7 +270,8 @@ def bad_input() -> None:
 def impossible_sizes() -> None:
     """Arguments that agree, and whose results no memory holds, or no integer counts: an error."""
     for name in NATIVE_PLAIN:
-        function = CASES[name].function
+        if not ACTIVATIONS[CASES[name].function]:
+            continue  # one that makes nothing large would run for as long as it reads
         for power in (45, 55, 60):
             arguments = make(name, torch.float32, B=1, N=1)
             wide = {
@@ -281,7 +288,7 @@ def impossible_sizes() -> None:
                 call(name, replaced(arguments, values), backend="cpu")
             except (RuntimeError, MemoryError):
                 continue
-            assert not ACTIVATIONS[function], f"{name} made a result of 2^{power} samples"
+            raise AssertionError(f"{name} made a result of 2^{power} samples")
 
 
 # --- the program ----------------------------------------------------------------------------------------------------

@@ -203,7 +203,8 @@ def test_large_outputs_hold_what_small_ones_do(name, dtype):
 
         few = run(name, transform(part, arguments), [part(c) for c in cotangents])
         for a, b in zip(token_slices(function, *whole, where), token_slices(function, *few, slice(None)), strict=True):
-            close = torch.equal(a, b) if function not in BY_TORCH else torch.allclose(a.float(), b.float(), 2e-2, 1e-2)
+            # Not bitwise: a few tokens may take another path than many.
+            close = torch.allclose(a.float(), b.float(), *((1e-4, 1e-5) if dtype == torch.float32 else (2e-2, 1e-2)))
             assert close, (where, (a.float() - b.float()).abs().max())
 
 

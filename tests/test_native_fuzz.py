@@ -156,7 +156,7 @@ def trials(draw: st.DrawFn, function: str) -> Trial:
     if CASES[case].choices.get("loss") == "cross_entropy":
         keywords["ignore_index"] = draw(st.sampled_from((255, 0, 1, -100)))
     dtype = draw(st.sampled_from(list(NAMES)))
-    example = make(case, **(sizes | {"B": 1, "N": 1}))
+    example = make(case, **(sizes | {"B": 1, "N": 1})) | keywords
     outputs = len(call(case, example, backend="reference"))
     keys = [key for key, value in tensors(example).items() if value.is_floating_point()]
     return Trial(
