@@ -42,7 +42,7 @@ void describe(Inputs& in, const Tensor& weights, const Optional& bias, const Ten
   const Tensor& like = in.features[0];
   a.type = type_of(like);
   expect_between("C (the classes)", a.classes, INT32_MAX);
-  expect_between("loss", loss + 1, kTokenLosses);
+  STD_TORCH_CHECK(loss >= 0 && loss < kTokenLosses, "loss must be between 0 and ", kTokenLosses - 1, ", got ", loss);
   a.loss = TokenLoss(loss);
   expect("weights", weights, {a.batch, a.tokens, a.members});
   a.weights = small(weights);
@@ -198,7 +198,7 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     grad_target = allocate({of.batch, of.tokens, of.classes}, type);
     a.grad_target = grad_target.mutable_data_ptr();
   }
-  // Sums over tokens, by chunks that the sizes alone decide: enough of them to feed the threads, few enough for the memory.
+  // Sums over tokens, by chunks that the sizes alone decide: enough to feed the threads, few enough for the memory.
   int64_t count = in.count(), head_size = of.classes * in_columns(of.width), bias_size = in_whole_vectors(of.classes);
   Chunks chunks(count);
   constexpr int64_t kMost = int64_t(8) << 20, kFewest = 4, kSmallest = 128;  // elements; chunks; tokens
@@ -264,10 +264,12 @@ std::tuple<Tensor, Tensor> from_projections(Tensor projections, Tensor weights, 
   return losses(describe(projections, weights, bias, target, loss, valid, ignore_index));
 }
 
-// `needs`: a bit for each expert, then for weights, head_weight, head_bias and target.
+// `kept` is what forward kept, if it did. `needs`: a bit for each expert, then for weights, head_weight, head_bias and
+// target.
 std::vector<Tensor> counterfactual_losses_backward(Optional grad_full, Optional grad_without,
-                                                   Optional kept, std::vector<Tensor> experts, Tensor weights, Tensor head,
-                                                   Optional bias, Tensor target, int64_t loss, Optional valid,
+                                                   Optional kept, std::vector<Tensor> experts, Tensor weights,
+                                                   Tensor head, Optional bias, Tensor target, int64_t loss,
+                                                   Optional valid,
                                                    int64_t ignore_index, int64_t needs) {
   int64_t members = int64_t(experts.size());
   Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index, kept);

@@ -4,9 +4,10 @@
 //          Backward, with logit gradients G_0 (of y) and G_k, and H_k = G_0 + sum over j != k of G_j:
 //          dP_k = w_k H_k, dw_k = P_k . H_k, dF_k = dP_k W, dW = sum of dP_k^T F_k, db = sum of G_0 + sum of G_k.
 //          What is left out is never subtracted: an inf or a NaN of expert k must not reach what leaves k out.
-// Bytes:   forward reads M units of B N D elements; backward reads M and writes M, recomputing P. Nothing of size B M N C.
-// Layout:  a tile of tokens at a time: their M rows each are multiplied with the packed head, and the logits are made and
-//          consumed in the first cache. Tokens that do not count are not read at all.
+// Bytes:   forward reads M units of B N D elements; backward reads M and writes M. P is made again there, or
+//          kept from forward in B N M C accumulators where that is no more than one tensor of features.
+// Layout:  a tile of tokens at a time: their M rows each are multiplied with the packed head, and the logits are made
+//          and consumed in the first cache. Tokens that do not count are not read at all.
 #include "counterfactual.h"
 
 #include "entry.h"
@@ -16,8 +17,9 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
-constexpr int kMostRows = 8 * kMaxExperts;  // of one tile, see counterfactual_tile
-constexpr int64_t kDepth = 1024;            // of one pass of the product: a column of the panel stays in the second cache
+constexpr int kMostRows = 8 * kMaxExperts;    // of one tile, see counterfactual_tile
+constexpr int64_t kDepth = 1024;              // of one pass of a product, so that its panel stays in the second cache
+constexpr int64_t kHeadInCache = 256 * 1024;  // bytes, of a second cache of 512 KiB or more
 
 // ---- the head
 
@@ -55,9 +57,10 @@ TF_INLINE void by_tiles(int64_t count, Step step) {
   if (count - j == L<A>) step(j, constant<1>{});
 }
 
-// out[i][c] = rows[i] . head[c] for all classes and zeros up to whole vectors. rows has entries up to whole register tiles.
+// out[i][c] = rows[i] . head[c], zeros behind the last class. rows has entries up to whole register tiles.
 template <typename A>
-__attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out, int64_t stride) {
+__attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out,
+                                       int64_t stride) {
   if (!a.panel) {
     dots<A, A>(
         count, int(a.classes), a.width, [&](int i) TF_LAMBDA { return rows[i]; },
@@ -245,7 +248,9 @@ __attribute__((noinline)) void token_losses(const Counterfactual& a, const Scrat
     case TokenLoss::l1:
       for (int i = 0; i < rows; ++i) {
         const A* y = s.logits + i * s.stride;
-        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA { return magnitude<A>(load(y + c) - load(t + c)); });
+        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA {
+          return magnitude<A>(load(y + c) - load(t + c));
+        });
       }
       return;
     case TokenLoss::mse:
@@ -388,11 +393,12 @@ TF_INLINE const acc_t<S>* gathered(const S* p, int64_t count, bool copy, acc_t<S
   return out;
 }
 
-// The tokens from `next` on that count, at most a tile of them, with their projections: made from the features, or those
-// that forward kept if `recall`; then the features are read only if `features`. skip(index) is told of other tokens.
+// The tokens from `next` on that count, at most a tile of them, with their projections: made from the features, or
+// those that forward kept if `recall`; then the features are read only if `features`. skip(index) is told of
+// other tokens.
 template <typename S, typename Skip>
-TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall, bool features,
-                        bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
+TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
+                        bool features, bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
   using A = acc_t<S>;
   int members = int(a.members), most = int(counterfactual_tile(members)), count = 0;
   for (; next < end && count < most; ++next) {
@@ -445,7 +451,9 @@ void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) 
         for (int64_t k = 0; k < members; ++k) {
           const A* from = s.projections + (i * members + k) * s.stride;
           A* to = (A*)a.kept + (tokens[i].index * members + k) * a.classes;
-          along<A>(a.classes, [&](int64_t c, auto part, int n) TF_LAMBDA { put(to, c, get(from, c, part, n), part, n); });
+          along<A>(a.classes, [&](int64_t c, auto part, int n) TF_LAMBDA {
+            put(to, c, get(from, c, part, n), part, n);
+          });
         }
       read_target(a, tokens[i], s.target);
       make_logits(a, s, tokens[i], s.projections + i * members * s.stride);
@@ -507,27 +515,34 @@ TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S
   }
   for (int i = 0; i < kTileRows; ++i) from[rows + i] = from[rows - 1];
   int64_t stride = in_whole_vectors(in.width);
-  by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
-    const A* head = (const A*)a.head_columns + d / kColumn * kColumn * in.classes + d % kColumn;
-    for (int i = 0; i < rows; i += kTileRows) {
-      const A* left[kTileRows];
-      for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
-      product_tile<A, kTileRows, decltype(vectors)::value>(
-          in.classes, rows - i, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
-          [&](int64_t c) TF_LAMBDA { return head + c * kColumn; },
-          [&](int r) TF_LAMBDA { return s.features + (i + r) * stride + d; });
-    }
-  });
-  for (int i = 0; i < rows; ++i)
-    along<A>(in.width, [&](int64_t d, auto part, int n) TF_LAMBDA {
-      put(to[i], d, get(s.features + i * stride, d, part, n), part, n, a.past_caches);
+  // A head that fits the second cache is read for each register tile of rows, whose gradients then stay in the first; a
+  // larger one for the tile of tokens.
+  bool fits = in.classes * stride * int64_t(sizeof(A)) <= kHeadInCache;
+  for (int first = 0; first < rows;) {
+    int end = fits ? smaller(first + kTileRows, rows) : rows;
+    by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
+      const A* head = (const A*)a.head_columns + d / kColumn * kColumn * in.classes + d % kColumn;
+      for (int i = first; i < end; i += kTileRows) {
+        const A* left[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
+        product_tile<A, kTileRows, decltype(vectors)::value>(
+            in.classes, end - i, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
+            [&](int64_t c) TF_LAMBDA { return head + c * kColumn; },
+            [&](int r) TF_LAMBDA { return s.features + (i - first + r) * stride + d; });
+      }
     });
+    for (int i = first; i < end; ++i)
+      along<A>(in.width, [&](int64_t d, auto part, int n) TF_LAMBDA {
+        put(to[i], d, get(s.features + (i - first) * stride, d, part, n), part, n, a.past_caches);
+      });
+    first = end;
+  }
 }
 
 // sums += dP^T F, in columns of D. `rows`: the tile's features, in whole vectors.
 template <typename A>
-__attribute__((noinline)) void add_to_head(const Counterfactual& in, const Scratch<A>& s, const A* const* rows, int count,
-                                           A* sums) {
+__attribute__((noinline)) void add_to_head(const Counterfactual& in, const Scratch<A>& s, const A* const* rows,
+                                           int count, A* sums) {
   by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
     A* column = sums + d / kColumn * kColumn * in.classes + d % kColumn;
     for (int64_t c = 0; c < in.classes; c += kTileRows)

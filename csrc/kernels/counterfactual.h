@@ -67,7 +67,9 @@ struct CounterfactualPack {
 };
 
 // Tokens that are projected together: enough rows of features for whole register tiles, few enough to stay in a cache.
-inline __attribute__((always_inline)) int64_t counterfactual_tile(int64_t members) { return members >= 4 ? 8 : members >= 2 ? 16 : 32; }
+inline __attribute__((always_inline)) int64_t counterfactual_tile(int64_t members) {
+  return members >= 4 ? 8 : members >= 2 ? 16 : 32;
+}
 
 // Bytes of scratch that a kernel wants for itself.
 inline size_t counterfactual_scratch(const Counterfactual& a) {
