@@ -71,8 +71,12 @@ void describe(Inputs& in, const Tensor& weights, const Optional& bias, const Ten
   }
 }
 
+CounterfactualPack packed(const Counterfactual& a) {
+  return {a.type == Type::f64, a.width, a.classes, const_cast<void*>(a.head), a.head_stride, nullptr, nullptr};
+}
+
 Inputs describe(std::vector<Tensor> experts, const Tensor& weights, const Tensor& head, const Optional& bias,
-                const Tensor& target, int64_t loss, const Optional& valid, int64_t ignore_index) {
+                const Tensor& target, int64_t loss, const Optional& valid, int64_t ignore_index, const Optional& kept) {
   Inputs in;
   Counterfactual& a = in.a;
   expect_experts(experts);
@@ -88,11 +92,17 @@ Inputs describe(std::vector<Tensor> experts, const Tensor& weights, const Tensor
   in.head = with_dense_rows(converted(head, type));
   a.head = in.head.const_data_ptr();
   a.head_stride = in.head.stride(0);
-  // A few rows do not repay packing the head, nor does a head of a class or two, which would leave most lanes empty.
-  if (in.count() * a.members >= 32 && a.classes > 2 && a.width > 0) {
-    in.panel = allocate({counterfactual_panel_size(a.width, a.classes)}, type);
-    CounterfactualPack p{a.type == Type::f64, a.width, a.classes, a.head, a.head_stride, in.panel.mutable_data_ptr()};
-    auto kernel = TF_KERNEL(counterfactual_pack);
+  if (kept) {
+    expect("kept", *kept, {a.batch, a.tokens, a.members, a.classes}, type);
+    STD_TORCH_CHECK(kept->is_contiguous(), "kept must be contiguous");
+    a.kept = kept->mutable_data_ptr();
+  }
+  // A few rows do not repay packing the head, nor does a head of a few classes, which would leave most lanes empty.
+  if (in.count() * a.members >= 32 && a.classes > 4 && a.width > 0 && !kept) {
+    in.panel = allocate({a.width * in_columns(a.classes)}, type);
+    CounterfactualPack p = packed(a);
+    p.panel = in.panel.mutable_data_ptr();
+    auto kernel = TF_KERNEL(counterfactual_panel);
     parallel(a.width, grain_of(a.classes), [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
     a.panel = p.panel;
   }
@@ -125,7 +135,7 @@ std::tuple<Tensor, Tensor> losses(Inputs in) {
   Tensor without = allocate({a.batch, a.members, a.tokens}, type);
   a.full = full.mutable_data_ptr();
   a.without = without.mutable_data_ptr();
-  size_t bytes = counterfactual_scratch(a, false);
+  size_t bytes = counterfactual_scratch(a);
   auto kernel = TF_KERNEL(counterfactual);
   parallel(in.count(), grain_of(in.work()), [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
@@ -170,18 +180,14 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
       }
     a.grad_stride[0] = of.tokens * of.width, a.grad_stride[1] = of.width;
   }
-  // The product with the head reads it in whole vectors.
-  Tensor padded;
+  Tensor columns;
   if (!of.projected && wanted.features) {
-    padded = in.head;
-    if (of.width % kPad) {
-      int64_t stride = in_whole_vectors(of.width);
-      padded = zeros({of.classes, stride}, type);
-      Tensor inner = view(padded, {of.classes, of.width}, {stride, 1});
-      torch::stable::copy_(inner, in.head);
-    }
-    a.padded_head = padded.const_data_ptr();
-    a.padded_stride = padded.stride(0);
+    columns = allocate({of.classes * in_columns(of.width)}, type);
+    CounterfactualPack p = packed(of);
+    p.columns = columns.mutable_data_ptr();
+    auto pack = TF_KERNEL(counterfactual_columns);
+    parallel(of.classes, grain_of(of.width), [&](int64_t begin, int64_t end) { pack(p, begin, end); });
+    a.head_columns = p.columns;
   }
   Tensor grad_weights, grad_target;
   if (wanted.weights) {
@@ -192,8 +198,8 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     grad_target = allocate({of.batch, of.tokens, of.classes}, type);
     a.grad_target = grad_target.mutable_data_ptr();
   }
-  // Sums over tokens, by chunks that the sizes alone decide: enough of them to feed the threads, few enough for the memory.
-  int64_t count = in.count(), head_size = of.classes * in_whole_vectors(of.width), bias_size = in_whole_vectors(of.classes);
+  // Sums over tokens, by chunks that the sizes alone decide: enough to feed the threads, few enough for the memory.
+  int64_t count = in.count(), head_size = of.classes * in_columns(of.width), bias_size = in_whole_vectors(of.classes);
   Chunks chunks(count);
   constexpr int64_t kMost = int64_t(8) << 20, kFewest = 4, kSmallest = 128;  // elements; chunks; tokens
   int64_t most = wanted.head && head_size ? kMost / head_size : 64;
@@ -211,7 +217,7 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     a.bias_sums = bias_sums.mutable_data_ptr();
   }
   a.inputs = of;
-  size_t bytes = counterfactual_scratch(of, true);
+  size_t bytes = counterfactual_scratch(of);
   auto kernel = TF_KERNEL(counterfactual_backward);
   parallel(chunks.count, grain_of(in.work() * chunks.size), [&](int64_t begin, int64_t end) {
     Scratch scratch(bytes);
@@ -219,14 +225,20 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
   });
   if (wanted.weights) found.push_back(converted(grad_weights, weights.scalar_type()));
   if (wanted.head) {
-    int64_t stride = in_whole_vectors(of.width);
     Tensor total = summed(head_sums, 1, head_size, chunks, false, of.tokens);
-    Tensor inner = view(total, {of.classes, of.width}, {stride, 1});
-    found.push_back(torch::stable::contiguous(converted(inner, head->scalar_type())));
+    Tensor dense = allocate({of.classes, of.width}, type);
+    CounterfactualPack p = packed(of);
+    p.columns = total.mutable_data_ptr();
+    p.head = dense.mutable_data_ptr();
+    p.head_stride = of.width;
+    auto unpack = TF_KERNEL(counterfactual_rows);
+    parallel(of.classes, grain_of(of.width), [&](int64_t begin, int64_t end) { unpack(p, begin, end); });
+    found.push_back(converted(dense, head->scalar_type()));
   }
   if (wanted.bias) {
     Tensor total = summed(bias_sums, 1, bias_size, chunks, false, of.tokens);
-    Tensor inner = view(total, {of.classes}, {1});
+    Tensor inner = allocate({of.classes}, type);
+    torch::stable::copy_(inner, view(total, {of.classes}, {1}));
     found.push_back(converted(inner, bias->scalar_type()));
   }
   if (wanted.target) found.push_back(converted(grad_target, target.scalar_type()));
@@ -235,9 +247,16 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
 
 bool bit(int64_t needs, int64_t i) { return needs >> i & 1; }
 
-std::tuple<Tensor, Tensor> counterfactual_losses(std::vector<Tensor> experts, Tensor weights, Tensor head, Optional bias,
-                                                 Tensor target, int64_t loss, Optional valid, int64_t ignore_index) {
-  return losses(describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index));
+// With `keep` the third is P (B, N, M, C), for the backward; else it is empty.
+std::tuple<Tensor, Tensor, Tensor> counterfactual_losses(std::vector<Tensor> experts, Tensor weights, Tensor head,
+                                                         Optional bias, Tensor target, int64_t loss, Optional valid,
+                                                         int64_t ignore_index, bool keep) {
+  Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index, std::nullopt);
+  Sizes sizes{in.a.batch, in.a.tokens, in.a.members, in.a.classes};
+  Tensor kept = allocate(keep ? sizes : Sizes{0}, accumulator_type(in.features[0]));
+  if (keep) in.a.kept = kept.mutable_data_ptr();
+  auto [full, without] = losses(std::move(in));
+  return {full, without, kept};
 }
 
 std::tuple<Tensor, Tensor> from_projections(Tensor projections, Tensor weights, Optional bias, Tensor target,
@@ -245,13 +264,15 @@ std::tuple<Tensor, Tensor> from_projections(Tensor projections, Tensor weights, 
   return losses(describe(projections, weights, bias, target, loss, valid, ignore_index));
 }
 
-// `needs`: a bit for each expert, then for weights, head_weight, head_bias and target.
+// `kept` is what forward kept, if it did. `needs`: a bit for each expert, then for weights, head_weight, head_bias and
+// target.
 std::vector<Tensor> counterfactual_losses_backward(Optional grad_full, Optional grad_without,
-                                                   std::vector<Tensor> experts, Tensor weights, Tensor head,
-                                                   Optional bias, Tensor target, int64_t loss, Optional valid,
+                                                   Optional kept, std::vector<Tensor> experts, Tensor weights,
+                                                   Tensor head, Optional bias, Tensor target, int64_t loss,
+                                                   Optional valid,
                                                    int64_t ignore_index, int64_t needs) {
   int64_t members = int64_t(experts.size());
-  Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index);
+  Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index, kept);
   Wanted wanted{needs & ((int64_t(1) << members) - 1), bit(needs, members), bit(needs, members + 1),
                 bit(needs, members + 2) && bias, bit(needs, members + 3) && in.a.loss != TokenLoss::cross_entropy};
   return gradients(std::move(in), grad_full, grad_without, wanted, weights, &head, bias, target);

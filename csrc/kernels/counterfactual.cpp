@@ -4,9 +4,10 @@
 //          Backward, with logit gradients G_0 (of y) and G_k, and H_k = G_0 + sum over j != k of G_j:
 //          dP_k = w_k H_k, dw_k = P_k . H_k, dF_k = dP_k W, dW = sum of dP_k^T F_k, db = sum of G_0 + sum of G_k.
 //          What is left out is never subtracted: an inf or a NaN of expert k must not reach what leaves k out.
-// Bytes:   forward reads M units of B N D elements; backward reads M and writes M, recomputing P. Nothing of size B M N C.
-// Layout:  a tile of tokens at a time: their M rows each are multiplied with the packed head, and the logits are made and
-//          consumed in the first cache. Tokens that do not count are not read at all.
+// Bytes:   forward reads M units of B N D elements; backward reads M and writes M. P is made again there, or
+//          kept from forward in B N M C accumulators where that is no more than one tensor of features.
+// Layout:  a tile of tokens at a time: their M rows each are multiplied with the packed head, and the logits are made
+//          and consumed in the first cache. Tokens that do not count are not read at all.
 #include "counterfactual.h"
 
 #include "entry.h"
@@ -16,27 +17,50 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
-constexpr int kMostRows = 8 * kMaxExperts;  // of one tile, see counterfactual_tile
-constexpr int64_t kDepth = 1024;            // of one pass of the product: a column of the panel stays in the second cache
+constexpr int kMostRows = 8 * kMaxExperts;    // of one tile, see counterfactual_tile
+constexpr int64_t kDepth = 1024;              // of one pass of a product, so that its panel stays in the second cache
+constexpr int64_t kHeadInCache = 256 * 1024;  // bytes, of a second cache of 512 KiB or more
 
 // ---- the head
 
+// The head's transpose in columns of classes; units are values of d.
 template <typename A>
-constexpr int64_t kColumn = kTileVectors * L<A>;
-
-// panel[c / kColumn][d][c % kColumn] = head[c][d], zeros behind the last class. Units are values of d.
-template <typename A>
-void pack(const CounterfactualPack& a, int64_t begin, int64_t end) {
+void panel(const CounterfactualPack& a, int64_t begin, int64_t end) {
   for (int64_t c = 0; c < padded<A>(a.classes); ++c) {
-    A* out = (A*)a.panel + c / kColumn<A> * kColumn<A> * a.width + c % kColumn<A>;
+    A* out = (A*)a.panel + c / kColumn * kColumn * a.width + c % kColumn;
     const A* row = (const A*)a.head + c * a.head_stride;
-    for (int64_t d = begin; d < end; ++d) out[d * kColumn<A>] = c < a.classes ? row[d] : A(0);
+    for (int64_t d = begin; d < end; ++d) out[d * kColumn] = c < a.classes ? row[d] : A(0);
   }
 }
 
-// out[i][c] = rows[i] . head[c] for all classes and zeros up to whole vectors. rows has entries up to whole register tiles.
+// The head in columns of D, and back; units are classes.
+template <typename A, bool BACK>
+void columns(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  for (int64_t c = begin; c < end; ++c)
+    for (int64_t start = 0; start < a.width; start += kColumn) {
+      A* row = (A*)a.head + c * a.head_stride + start;
+      A* packed = (A*)a.columns + start * a.classes + c * kColumn;
+      int64_t count = smaller(kColumn, a.width - start);
+      if (BACK)
+        for (int64_t d = 0; d < count; ++d) row[d] = packed[d];
+      else
+        for (int64_t d = 0; d < kColumn; ++d) packed[d] = d < count ? row[d] : A(0);
+    }
+}
+
+// step(offset, vectors) for each register tile's width of [0, count), which is a multiple of L<A>.
+template <typename A, typename Step>
+TF_INLINE void by_tiles(int64_t count, Step step) {
+  int64_t j = 0;
+  for (; count - j >= kTileVectors * L<A>; j += kTileVectors * L<A>) step(j, constant<kTileVectors>{});
+  if (count - j == 2 * L<A>) step(j, constant<2>{});
+  if (count - j == L<A>) step(j, constant<1>{});
+}
+
+// out[i][c] = rows[i] . head[c], zeros behind the last class. rows has entries up to whole register tiles.
 template <typename A>
-__attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out, int64_t stride) {
+__attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out,
+                                       int64_t stride) {
   if (!a.panel) {
     dots<A, A>(
         count, int(a.classes), a.width, [&](int i) TF_LAMBDA { return rows[i]; },
@@ -45,35 +69,22 @@ __attribute__((noinline)) void project(const A* const* rows, int count, const Co
       for (int64_t c = a.classes; c < padded<A>(a.classes); ++c) out[i * stride + c] = 0;
     return;
   }
-  int64_t columns = padded<A>(a.classes);
   for (int64_t start = 0; start < a.width; start += kDepth) {
     int64_t depth = smaller(kDepth, a.width - start);
-    for (int64_t c = 0; c < columns; c += kColumn<A>) {
-      const A* panel = (const A*)a.panel + c * a.width + start * kColumn<A>;
+    by_tiles<A>(padded<A>(a.classes), [&](int64_t c, auto vectors) TF_LAMBDA {
+      const A* panel = (const A*)a.panel + c / kColumn * kColumn * a.width + start * kColumn + c % kColumn;
       for (int i = 0; i < count; i += kTileRows) {
         if (c == 0 && i + kTileRows < count)  // the rows that come next
           for (int r = i + kTileRows; r < i + 2 * kTileRows; ++r)
             for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(A))) __builtin_prefetch(rows[r] + start + d, 0, 2);
         const A* left[kTileRows];
         for (int r = 0; r < kTileRows; ++r) left[r] = rows[i + r] + start;
-        auto run = [&](auto vectors) TF_LAMBDA {
-          product_tile<A, kTileRows, decltype(vectors)::value>(
-              depth, count - i, start > 0, [&](int r, int64_t k) TF_LAMBDA { return left[r][k]; },
-              [&](int64_t k) TF_LAMBDA { return panel + k * kColumn<A>; },
-              [&](int r) TF_LAMBDA { return out + (i + r) * stride + c; });
-        };
-        switch ((columns - c) / L<A>) {
-          case 1:
-            run(constant<1>{});
-            break;
-          case 2:
-            run(constant<2>{});
-            break;
-          default:
-            run(constant<3>{});
-        }
+        product_tile<A, kTileRows, decltype(vectors)::value>(
+            depth, count - i, start > 0, [&](int r, int64_t k) TF_LAMBDA { return left[r][k]; },
+            [&](int64_t k) TF_LAMBDA { return panel + k * kColumn; },
+            [&](int r) TF_LAMBDA { return out + (i + r) * stride + c; });
       }
-    }
+    });
   }
 }
 
@@ -97,9 +108,7 @@ struct Scratch {
   A* grad_target;
   A* bias;          // zeros behind the last class
   A* bias_sums;
-  A* spare;
-  A* features;      // of the tile, as accumulators
-  A* grad_rows;     // of kTileRows features
+  A* features;      // of the tile, as accumulators; then their gradients
 };
 
 template <typename A>
@@ -115,7 +124,6 @@ TF_INLINE Scratch<A> laid_out(const Counterfactual& a, void* memory) {
   s.bias = s.grad_target + s.stride;
   s.bias_sums = s.bias + s.stride;
   s.features = s.bias_sums + s.stride;
-  s.grad_rows = s.features + rows * in_whole_vectors(a.projected ? 1 : a.width);
   for (int64_t c = 0; c < s.stride; ++c) {
     s.bias[c] = a.bias && c < a.classes ? ((const A*)a.bias)[c] : A(0);
     s.target[c] = 0;
@@ -240,7 +248,9 @@ __attribute__((noinline)) void token_losses(const Counterfactual& a, const Scrat
     case TokenLoss::l1:
       for (int i = 0; i < rows; ++i) {
         const A* y = s.logits + i * s.stride;
-        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA { return magnitude<A>(load(y + c) - load(t + c)); });
+        losses[i] = each * total<A>(s.columns, [&](int64_t c) TF_LAMBDA {
+          return magnitude<A>(load(y + c) - load(t + c));
+        });
       }
       return;
     case TokenLoss::mse:
@@ -383,10 +393,12 @@ TF_INLINE const acc_t<S>* gathered(const S* p, int64_t count, bool copy, acc_t<S
   return out;
 }
 
-// The tokens from `next` on that count, at most a tile of them, with their projections. skip(index) is told of others.
+// The tokens from `next` on that count, at most a tile of them, with their projections: made from the features, or
+// those that forward kept if `recall`; then the features are read only if `features`. skip(index) is told of
+// other tokens.
 template <typename S, typename Skip>
-TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool whole_vectors,
-                        Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
+TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
+                        bool features, bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
   using A = acc_t<S>;
   int members = int(a.members), most = int(counterfactual_tile(members)), count = 0;
   for (; next < end && count < most; ++next) {
@@ -398,14 +410,16 @@ TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int
     for (int k = 0; k < members; ++k) {
       int i = count * members + k;
       const S* from = row<S>(a.features[k], token.b, token.n);
+      if (recall)
+        gathered((const A*)a.kept + (next * members + k) * a.classes, a.classes, true, s.projections + i * s.stride);
       if (a.projected)
         gathered(from, a.classes, true, s.projections + i * s.stride);
-      else
+      else if (features)
         rows[i] = gathered(from, a.width, whole_vectors && a.width % L<A>, s.features + i * in_whole_vectors(a.width));
     }
     ++count;
   }
-  if (count && !a.projected) {
+  if (count && !a.projected && !recall) {
     int filled = count * members;
     for (int i = 0; i < kTileRows; ++i) rows[filled + i] = rows[filled - 1];
     project(rows, filled, a, s.projections, s.stride);
@@ -427,10 +441,20 @@ void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) 
   Token<A> tokens[32];
   const A* rows[kMostRows + kTileRows];
   for (int64_t next = begin; next < end;) {
-    int count = read_tile<S>(a, s, next, end, false, tokens, rows, [&](int64_t index) TF_LAMBDA {
+    int count = read_tile<S>(a, s, next, end, false, true, false, tokens, rows, [&](int64_t index) TF_LAMBDA {
       write(index, [](int64_t) TF_LAMBDA { return A(0); });
+      if (a.kept)
+        for (int64_t c = 0; c < members * a.classes; ++c) ((A*)a.kept)[index * members * a.classes + c] = 0;
     });
     for (int i = 0; i < count; ++i) {
+      if (a.kept)
+        for (int64_t k = 0; k < members; ++k) {
+          const A* from = s.projections + (i * members + k) * s.stride;
+          A* to = (A*)a.kept + (tokens[i].index * members + k) * a.classes;
+          along<A>(a.classes, [&](int64_t c, auto part, int n) TF_LAMBDA {
+            put(to, c, get(from, c, part, n), part, n);
+          });
+        }
       read_target(a, tokens[i], s.target);
       make_logits(a, s, tokens[i], s.projections + i * members * s.stride);
       token_losses(a, s, tokens[i], losses);
@@ -491,19 +515,43 @@ TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S
   }
   for (int i = 0; i < kTileRows; ++i) from[rows + i] = from[rows - 1];
   int64_t stride = in_whole_vectors(in.width);
-  for (int i = 0; i < rows; i += kTileRows) {
-    int some = smaller(kTileRows, rows - i);
-    const A* left[kTileRows];
-    for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
-    product<A>(
-        some, padded<A>(in.width), in.classes, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
-        [&](int64_t c) TF_LAMBDA { return (const A*)a.padded_head + c * a.padded_stride; },
-        [&](int r) TF_LAMBDA { return s.grad_rows + r * stride; });
-    for (int r = 0; r < some; ++r)
+  // A head that fits the second cache is read for each register tile of rows, whose gradients then stay in the first; a
+  // larger one for the tile of tokens.
+  bool fits = in.classes * stride * int64_t(sizeof(A)) <= kHeadInCache;
+  for (int first = 0; first < rows;) {
+    int end = fits ? smaller(first + kTileRows, rows) : rows;
+    by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
+      const A* head = (const A*)a.head_columns + d / kColumn * kColumn * in.classes + d % kColumn;
+      for (int i = first; i < end; i += kTileRows) {
+        const A* left[kTileRows];
+        for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
+        product_tile<A, kTileRows, decltype(vectors)::value>(
+            in.classes, end - i, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
+            [&](int64_t c) TF_LAMBDA { return head + c * kColumn; },
+            [&](int r) TF_LAMBDA { return s.features + (i - first + r) * stride + d; });
+      }
+    });
+    for (int i = first; i < end; ++i)
       along<A>(in.width, [&](int64_t d, auto part, int n) TF_LAMBDA {
-        put(to[i + r], d, get(s.grad_rows + r * stride, d, part, n), part, n, a.past_caches);
+        put(to[i], d, get(s.features + (i - first) * stride, d, part, n), part, n, a.past_caches);
       });
+    first = end;
   }
+}
+
+// sums += dP^T F, in columns of D. `rows`: the tile's features, in whole vectors.
+template <typename A>
+__attribute__((noinline)) void add_to_head(const Counterfactual& in, const Scratch<A>& s, const A* const* rows,
+                                           int count, A* sums) {
+  by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
+    A* column = sums + d / kColumn * kColumn * in.classes + d % kColumn;
+    for (int64_t c = 0; c < in.classes; c += kTileRows)
+      product_tile<A, kTileRows, decltype(vectors)::value>(
+          count, int(smaller(in.classes - c, int64_t(kTileRows))), true,
+          [&](int r, int64_t k) TF_LAMBDA { return s.projections[k * s.stride + c + r]; },
+          [&](int64_t k) TF_LAMBDA { return rows[k] + d; },
+          [&](int r) TF_LAMBDA { return column + (c + r) * kColumn; });
+  });
 }
 
 template <typename S>
@@ -512,6 +560,7 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   const Counterfactual& in = a.inputs;
   Scratch<A> s = laid_out<A>(in, memory);
   int64_t members = in.members, classes = in.classes, tokens_in_all = in.batch * in.tokens;
+  bool recall = in.kept != nullptr;
   int64_t length = in.projected ? classes : in.width;
   auto clear = [](A* p, int64_t count) TF_LAMBDA {
     for (int64_t i = 0; i < count; ++i) p[i] = 0;
@@ -532,12 +581,12 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   Token<A> tokens[32];
   const A* rows[kMostRows + kTileRows];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* head_sums = a.head_sums ? (A*)a.head_sums + chunk * classes * in_whole_vectors(in.width) : nullptr;
-    if (head_sums) clear(head_sums, classes * in_whole_vectors(in.width));
+    A* head_sums = a.head_sums ? (A*)a.head_sums + chunk * classes * in_columns(in.width) : nullptr;
+    if (head_sums) clear(head_sums, classes * in_columns(in.width));
     clear(s.bias_sums, s.stride);
     int64_t stop = smaller((chunk + 1) * a.chunk, tokens_in_all);
     for (int64_t next = chunk * a.chunk; next < stop;) {
-      int count = read_tile<S>(in, s, next, stop, head_sums != nullptr, tokens, rows, skip);
+      int count = read_tile<S>(in, s, next, stop, recall, !recall || head_sums, head_sums, tokens, rows, skip);
       if (count == 0) continue;
       for (int i = 0; i < count; ++i) {
         const Token<A>& token = tokens[i];
@@ -556,13 +605,8 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
         if (a.grad_target)
           for (int64_t c = 0; c < classes; ++c) ((A*)a.grad_target)[token.index * classes + c] = s.grad_target[c];
       }
+      if (head_sums) add_to_head(in, s, rows, count * int(members), head_sums);
       write_rows<S>(a, s, tokens, count);
-      if (head_sums)
-        product<A>(
-            int(classes), padded<A>(in.width), count * members, true,
-            [&](int c, int64_t k) TF_LAMBDA { return s.projections[k * s.stride + c]; },
-            [&](int64_t k) TF_LAMBDA { return rows[k]; },
-            [&](int c) TF_LAMBDA { return head_sums + c * in_whole_vectors(in.width); });
     }
     if (a.bias_sums)
       for (int64_t c = 0; c < s.stride; ++c) ((A*)a.bias_sums)[chunk * s.stride + c] = s.bias_sums[c];
@@ -578,11 +622,16 @@ void counterfactual_backward(const CounterfactualBackward& a, int64_t begin, int
   by_type(a.inputs.type, [&](auto s) { backward<decltype(s)>(a, begin, end, scratch); });
 }
 
-void counterfactual_pack(const CounterfactualPack& a, int64_t begin, int64_t end) {
-  if (a.wide)
-    pack<double>(a, begin, end);
-  else
-    pack<float>(a, begin, end);
+void counterfactual_panel(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  a.wide ? panel<double>(a, begin, end) : panel<float>(a, begin, end);
+}
+
+void counterfactual_columns(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  a.wide ? columns<double, false>(a, begin, end) : columns<float, false>(a, begin, end);
+}
+
+void counterfactual_rows(const CounterfactualPack& a, int64_t begin, int64_t end) {
+  a.wide ? columns<double, true>(a, begin, end) : columns<float, true>(a, begin, end);
 }
 
 }  // namespace TIGER_FAST_ISA

@@ -22,7 +22,9 @@
   void competency_aggregate_backward(const CompetencyAggregateBackward&, int64_t begin, int64_t end); \
   void counterfactual(const Counterfactual&, int64_t begin, int64_t end, void* scratch); \
   void counterfactual_backward(const CounterfactualBackward&, int64_t begin, int64_t end, void* scratch); \
-  void counterfactual_pack(const CounterfactualPack&, int64_t begin, int64_t end); \
+  void counterfactual_panel(const CounterfactualPack&, int64_t begin, int64_t end); \
+  void counterfactual_columns(const CounterfactualPack&, int64_t begin, int64_t end); \
+  void counterfactual_rows(const CounterfactualPack&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
   void route(const Route&, int64_t begin, int64_t end);               \

@@ -23,13 +23,26 @@ def _fake_losses(weights: Tensor, activation: Tensor) -> tuple[Tensor, Tensor]:
     return weights.new_empty((batch, tokens), dtype=dtype), weights.new_empty((batch, members, tokens), dtype=dtype)
 
 
-def _fake(experts: Sequence[Tensor], weights: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return _fake_losses(weights, experts[0])
+def _fake(
+    experts: Sequence[Tensor],
+    weights: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    target: Tensor,
+    loss: int,
+    valid: Tensor | None,
+    ignore_index: int,
+    keep: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    full, without = _fake_losses(weights, experts[0])
+    kept = full.new_empty((*weights.shape, head_weight.shape[0]) if keep else (0,))
+    return full, without, kept
 
 
 def _backward_fake(
     grad_full: Tensor | None,
     grad_without: Tensor | None,
+    kept: Tensor | None,
     experts: Sequence[Tensor],
     weights: Tensor,
     head_weight: Tensor,
@@ -63,8 +76,10 @@ def _projections_backward_fake(
 
 
 _GRADS = "Tensor? grad_full, Tensor? grad_without"
-define(f"counterfactual_losses({_FROM_EXPERTS}) -> (Tensor, Tensor)", _fake)
-define(f"counterfactual_losses_backward({_GRADS}, {_FROM_EXPERTS}, int needs) -> Tensor[]", _backward_fake)
+define(f"counterfactual_losses({_FROM_EXPERTS}, bool keep) -> (Tensor, Tensor, Tensor)", _fake)
+define(
+    f"counterfactual_losses_backward({_GRADS}, Tensor? kept, {_FROM_EXPERTS}, int needs) -> Tensor[]", _backward_fake
+)
 define(f"counterfactual_losses_from_projections({_FROM_PROJECTIONS}) -> (Tensor, Tensor)", _projections_fake)
 define(
     f"counterfactual_losses_from_projections_backward({_GRADS}, {_FROM_PROJECTIONS}, int needs) -> Tensor[]",
@@ -76,6 +91,7 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        keep: bool,
         loss: int,
         ignore_index: int,
         valid: Tensor | None,
@@ -87,23 +103,25 @@ class _FromExperts(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.loss, ctx.ignore_index = loss, ignore_index
-        ctx.save_for_backward(valid, weights, head_weight, head_bias, target, *experts)
-        return torch.ops.tiger_fast.counterfactual_losses(
-            experts, weights, head_weight, head_bias, target, loss, valid, ignore_index
+        full, without, kept = torch.ops.tiger_fast.counterfactual_losses(
+            experts, weights, head_weight, head_bias, target, loss, valid, ignore_index, keep
         )
+        ctx.save_for_backward(kept if keep else None, valid, weights, head_weight, head_bias, target, *experts)
+        return full, without
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_full: Tensor | None, grad_without: Tensor | None) -> tuple[Tensor | None, ...]:
-        *_, for_weights, for_head, for_bias, for_target = ctx.needs_input_grad[:7]
-        for_experts = ctx.needs_input_grad[7:]
+        *_, for_weights, for_head, for_bias, for_target = ctx.needs_input_grad[:8]
+        for_experts = ctx.needs_input_grad[8:]
         if grad_full is None and grad_without is None:
-            return (None,) * (7 + len(for_experts))
-        valid, weights, head_weight, head_bias, target, *experts = ctx.saved_tensors
+            return (None,) * (8 + len(for_experts))
+        kept, valid, weights, head_weight, head_bias, target, *experts = ctx.saved_tensors
         needs = (*for_experts, for_weights, for_head, for_bias, for_target)
         found = torch.ops.tiger_fast.counterfactual_losses_backward(
             grad_full,
             grad_without,
+            kept,
             experts,
             weights,
             head_weight,
@@ -115,7 +133,7 @@ class _FromExperts(torch.autograd.Function):
             mask(needs),
         )
         *grad_experts, grad_weights, grad_head, grad_bias, grad_target = spread(needs, found)
-        return None, None, None, grad_weights, grad_head, grad_bias, grad_target, *grad_experts
+        return None, None, None, None, grad_weights, grad_head, grad_bias, grad_target, *grad_experts
 
 
 class _FromProjections(torch.autograd.Function):
@@ -170,7 +188,14 @@ def counterfactual_losses(
     ignore_index: int,
 ) -> tuple[Tensor, Tensor]:
     """`tiger_fast.functional.counterfactual_losses` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _FromExperts.apply(_LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts)
+    differentiable = (*experts, weights, head_weight, head_bias, target)
+    wants = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    # The projections spare the backward a product; they may not take more memory than one tensor of features.
+    row = len(experts) * head_weight.shape[0] * accumulator(experts[0].dtype).itemsize
+    keep = wants and row <= experts[0].shape[-1] * experts[0].element_size()
+    return _FromExperts.apply(
+        keep, _LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts
+    )
 
 
 def counterfactual_losses_from_projections(
