@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask as bits, spread, wanted
+from tiger_fast.ops.library import define, spread, wanted
+from tiger_fast.ops.library import mask as bits
 from tiger_fast.reference import accumulator
 
 
