@@ -6,24 +6,12 @@
 namespace tiger_fast {
 namespace {
 
-Sizes sizes_of(const Tensor& t) {
-  Sizes sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
-  return sizes;
-}
-
 // delta (..., M), and what its rows have beside it.
 void expect_delta(const Tensor& delta) {
   STD_TORCH_CHECK(delta.dim() >= 1 && delta.dim() <= kMaxDims, "delta must have 1 to ", kMaxDims, " dimensions, got ",
                   delta.dim());
   expect("delta", delta, Sizes(size_t(delta.dim()), -1));
   expect_between("the number of experts", delta.size(-1), kMaxExperts);
-}
-
-RowOperand operand(const Tensor& t) {
-  RowOperand x{t.const_data_ptr(), type_of(t), {}, t.stride(-1)};
-  for (int64_t i = 0; i + 1 < t.dim(); ++i) x.stride[i] = t.stride(i);
-  return x;
 }
 
 // A bool tensor that broadcasts to delta's rows.
@@ -39,29 +27,6 @@ RowOperand mask_operand(const Tensor& mask, const Tensor& delta) {
     x.stride[missing + i] = size == rows ? mask.stride(i) : 0;
   }
   return x;
-}
-
-// The rows of `delta`, with leading dimensions joined where every operand walks through them in even steps.
-RowGrid join(const Tensor& delta, std::initializer_list<RowOperand*> operands) {
-  RowGrid grid{};
-  grid.rows = 1;
-  grid.members = int(delta.size(-1));
-  for (int64_t i = 0; i + 1 < delta.dim(); ++i) {
-    int64_t size = delta.size(i);
-    grid.rows *= size;
-    if (size == 1) continue;
-    int last = grid.dims - 1;
-    bool even = grid.dims > 0;
-    for (RowOperand* x : operands) even = even && x->stride[last] == x->stride[i] * size;
-    if (!even) ++last, ++grid.dims;
-    grid.sizes[last] = even ? grid.sizes[last] * size : size;
-    for (RowOperand* x : operands) x->stride[last] = x->stride[i];
-  }
-  if (grid.dims == 0) {
-    grid.dims = 1, grid.sizes[0] = 1;
-    for (RowOperand* x : operands) x->stride[0] = 0;
-  }
-  return grid;
 }
 
 int64_t chunks_of(const RowGrid& grid) { return (grid.rows + kRowChunk - 1) / kRowChunk; }

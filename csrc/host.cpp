@@ -159,6 +159,40 @@ Small small(const Tensor& t) {
   return s;
 }
 
+Sizes sizes_of(const Tensor& t) {
+  Sizes sizes;
+  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  return sizes;
+}
+
+RowOperand operand(const Tensor& t) {
+  RowOperand x{t.const_data_ptr(), type_of(t), {}, t.stride(-1)};
+  for (int64_t i = 0; i + 1 < t.dim(); ++i) x.stride[i] = t.stride(i);
+  return x;
+}
+
+RowGrid join(const Tensor& like, std::initializer_list<RowOperand*> operands) {
+  RowGrid grid{};
+  grid.rows = 1;
+  grid.members = int(like.size(-1));
+  for (int64_t i = 0; i + 1 < like.dim(); ++i) {
+    int64_t size = like.size(i);
+    grid.rows *= size;
+    if (size == 1) continue;
+    int last = grid.dims - 1;
+    bool even = grid.dims > 0;
+    for (RowOperand* x : operands) even = even && x->stride[last] == x->stride[i] * size;
+    if (!even) ++last, ++grid.dims;
+    grid.sizes[last] = even ? grid.sizes[last] * size : size;
+    for (RowOperand* x : operands) x->stride[last] = x->stride[i];
+  }
+  if (grid.dims == 0) {
+    grid.dims = 1, grid.sizes[0] = 1;
+    for (RowOperand* x : operands) x->stride[0] = 0;
+  }
+  return grid;
+}
+
 bool past_caches(const Tensor& t, int64_t width) {
   constexpr int64_t kLarge = int64_t(8) << 20;
   int64_t bytes = int64_t(t.element_size());

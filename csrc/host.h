@@ -8,10 +8,12 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
 #include "kernels/entry.h"
+#include "kernels/grid.h"
 #include "kernels/types.h"
 
 namespace tiger_fast {
@@ -57,6 +59,12 @@ Tensor with_dense_rows(const Tensor& t);
 // What kernels are handed. `rows` wants dense rows; `small` takes any strides.
 Rows rows(const Tensor& t);
 Small small(const Tensor& t);
+
+Sizes sizes_of(const Tensor& t);
+// Rows under any leading dimensions, for kernels that take those: an operand, and the grid of the rows (..., M) of `like`.
+// The operands' leading dimensions, which `like` shares, are joined where each of them is walked through in even steps.
+RowOperand operand(const Tensor& t);
+RowGrid join(const Tensor& like, std::initializer_list<RowOperand*> operands);
 
 // Whether to store an output of this size past the caches: it is large, and its rows are aligned to whole vectors.
 bool past_caches(const Tensor& t, int64_t width);

@@ -1,27 +1,9 @@
 // What the host hands to the kernels of the causal target and of its alignment loss.
 #pragma once
 
-#include "types.h"
+#include "grid.h"
 
 namespace tiger_fast {
-
-constexpr int kMaxDims = 64;  // torch's own limit for pointwise operations
-
-// Rows of M values; their leading dimensions, joined where every operand allows it, are shared by all operands.
-struct RowGrid {
-  int dims;  // at least 1; the last one is walked fastest
-  int64_t sizes[kMaxDims];
-  int64_t rows;  // their product
-  int members;
-};
-
-// A tensor over a RowGrid, any strides.
-struct RowOperand {
-  const void* data;
-  Type type;
-  int64_t stride[kMaxDims];
-  int64_t member_stride;
-};
 
 // Kernels work in double if `wide`, else in float. Their units are chunks of kRowChunk rows.
 constexpr int64_t kRowChunk = 1024;

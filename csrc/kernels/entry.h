@@ -2,6 +2,7 @@
 #pragma once
 
 #include "group_attention.h"
+#include "adapter.h"
 #include "alignment.h"
 #include "competency.h"
 #include "counterfactual.h"
@@ -12,6 +13,10 @@
 #define TF_ENTRIES                                                    \
   void group_attention(const GroupAttention&, int64_t begin, int64_t end); \
   void group_attention_backward(const GroupAttentionBackward&, int64_t begin, int64_t end); \
+  void adapter_in(const AdapterIn&, int64_t begin, int64_t end); \
+  void adapter_in_backward(const AdapterInBackward&, int64_t begin, int64_t end); \
+  void adapter_out(const AdapterOut&, int64_t begin, int64_t end); \
+  void adapter_out_backward(const AdapterOutBackward&, int64_t begin, int64_t end); \
   void causal_target(const CausalTarget&, int64_t begin, int64_t end); \
   void causal_target_backward(const CausalTargetBackward&, int64_t begin, int64_t end); \
   void alignment_loss(const AlignmentLoss&, int64_t begin, int64_t end); \

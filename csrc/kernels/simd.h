@@ -155,16 +155,36 @@ TF_INLINE void store(S* p, Vec<acc_t<S>> x) {
 // The first n < L elements; the others are zero.
 template <typename S>
 TF_INLINE Vec<acc_t<S>> load(const S* p, int n) {
+#if defined(__AVX512F__)
+  unsigned lanes = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8)
+    return (vdouble)_mm512_maskz_loadu_pd((__mmask8)lanes, p);
+  else if constexpr (sizeof(S) == 4)
+    return (vfloat)_mm512_maskz_loadu_ps((__mmask16)lanes, p);
+  else
+    return widen((vhalf)_mm256_maskz_loadu_epi16((__mmask16)lanes, p), S{});
+#else
   S buffer[L<acc_t<S>>] = {};
   for (int i = 0; i < n; ++i) buffer[i] = p[i];
   return load(buffer);
+#endif
 }
 
 template <typename S>
 TF_INLINE void store(S* p, Vec<acc_t<S>> x, int n) {
+#if defined(__AVX512F__)
+  unsigned lanes = (1u << n) - 1;
+  if constexpr (sizeof(S) == 8)
+    _mm512_mask_storeu_pd(p, (__mmask8)lanes, (__m512d)x);
+  else if constexpr (sizeof(S) == 4)
+    _mm512_mask_storeu_ps(p, (__mmask16)lanes, (__m512)x);
+  else
+    _mm256_mask_storeu_epi16(p, (__mmask16)lanes, (__m256i)narrow(x, S{}));
+#else
   S buffer[L<acc_t<S>>];
   store(buffer, x);
   for (int i = 0; i < n; ++i) p[i] = buffer[i];
+#endif
 }
 
 // A store past the caches, for outputs that do not fit them; p must be aligned to the vector's bytes (half of them for

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from tiger_fast.ops.adapter import adapter
 from tiger_fast.ops.alignment import alignment_loss, causal_target
 from tiger_fast.ops.competency_aggregate import competency_aggregate
 from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
@@ -32,6 +33,7 @@ NATIVE: dict[str, Callable] = {
     "leave_one_out": leave_one_out,
     "causal_target": causal_target,
     "alignment_loss": alignment_loss,
+    "adapter": adapter,
     "competency_aggregate": competency_aggregate,
     "counterfactual_losses": counterfactual_losses,
     "counterfactual_losses_from_projections": counterfactual_losses_from_projections,
