@@ -206,9 +206,11 @@ def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
 
 def _relative(a: Tensor, double: Tensor) -> Tensor:
     # a log(a / m), given 2 m; a difference of logarithms, for a quotient's derivative overflows where m is subnormal.
-    # Below TINY the clamp cuts a's own derivative, 1, out of the product rule: put it back, so that the gradient is
-    # log(max(a, TINY) / m) everywhere. The value changes by less than TINY.
-    return a * ((2 * a.clamp(min=TINY)).log() - double.log()) + torch.where(a < TINY, a, 0)
+    # Below TINY the floor cuts a's own derivative, 1, out of the product rule: put it back, so that the gradient is
+    # log(max(a, TINY) / m) everywhere. The value changes by less than TINY. (where rather than clamp, whose derivative at
+    # the floor itself is not the same in every torch.)
+    below = a < TINY
+    return a * ((2 * torch.where(below, TINY, a)).log() - double.log()) + torch.where(below, a, 0)
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
