@@ -7,11 +7,11 @@ from pathlib import Path
 
 import torch
 
-from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.adapter import adapter
 from tiger_fast.ops.alignment import alignment_loss, causal_target
 from tiger_fast.ops.competency_aggregate import competency_aggregate
 from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
+from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import LIBRARY
 from tiger_fast.ops.route import route
