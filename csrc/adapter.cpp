@@ -68,41 +68,37 @@ struct Adapter {
     return y;
   }
 
-  // out = y @ weight^T, (rows, D).
-  void project(Tensor out_rows, const Tensor& y, const Tensor& weight) const {
-    multiply(out_rows, y, view(weight, {channels, width}, {weight.stride(1), weight.stride(0)}));
-  }
-
-  // The linear (0) or the gate's (1) part of the products (2, rows, D).
-  Tensor part(const Tensor& products, int64_t which) const {
-    return view(products, {rows, width}, {width, 1}, which * rows * width);
+  // y @ weight^T, (rows, D).
+  Tensor project(const Tensor& y, const Tensor& weight) const {
+    Tensor made = allocate({rows, width}, type);
+    multiply(made, y, view(weight, {channels, width}, {weight.stride(1), weight.stride(0)}));
+    return made;
   }
 };
 
-// The output, and both products (2, rows, D), which the backward wants: to compute one of them again would cost it a
-// quarter more.
+// The output, and the gate's product, which the backward wants.
 std::tuple<Tensor, Tensor> adapter(Tensor x, Tensor norm_in_weight, Tensor norm_in_bias, Tensor linear_weight,
                                    Tensor linear_bias, Tensor gate_weight, Tensor gate_bias, Tensor norm_out_weight,
                                    Tensor norm_out_bias, double eps) {
   Adapter op(x, norm_in_weight, norm_in_bias, linear_weight, linear_bias, gate_weight, gate_bias, norm_out_weight,
              norm_out_bias, eps);
-  Tensor products = allocate({2, op.rows, op.width}, op.type);
+  Tensor linear, gate;
   {
     Tensor y = op.normalized();
-    op.project(op.part(products, 0), y, op.linear_weight);
-    op.project(op.part(products, 1), y, op.gate_weight);
+    linear = op.project(y, op.linear_weight);
+    gate = op.project(y, op.gate_weight);
   }
   Sizes sizes = sizes_of(x);
   sizes.back() = op.width;
   Tensor out = allocate(sizes, op.type);
   AdapterOut& a = op.out;
-  a.linear = op.part(products, 0).const_data_ptr();
-  a.gate = op.part(products, 1).const_data_ptr();
+  a.linear = linear.const_data_ptr();
+  a.gate = gate.const_data_ptr();
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, op.width);
   auto kernel = TF_KERNEL(adapter_out);
   parallel(op.rows, grain_of(op.width * 8), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
-  return {out, products};
+  return {out, gate};
 }
 
 enum Need {
@@ -120,15 +116,15 @@ enum Need {
 // The gradients whose bits are set in `needs`, in the order of Need.
 std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weight, Tensor norm_in_bias,
                                      Tensor linear_weight, Tensor linear_bias, Tensor gate_weight, Tensor gate_bias,
-                                     Tensor norm_out_weight, Tensor norm_out_bias, double eps,
-                                     Tensor products, int64_t needs) {
+                                     Tensor norm_out_weight, Tensor norm_out_bias, double eps, Tensor gate,
+                                     int64_t needs) {
   Adapter op(x, norm_in_weight, norm_in_bias, linear_weight, linear_bias, gate_weight, gate_bias, norm_out_weight,
              norm_out_bias, eps);
   Sizes sizes = sizes_of(x);
   sizes.back() = op.width;
   expect("grad", grad, sizes, op.type);
-  expect("products", products, {2, op.rows, op.width}, op.type);
-  STD_TORCH_CHECK(products.is_contiguous(), "products must be as the forward op returned them");
+  expect("gate", gate, {op.rows, op.width}, op.type);
+  STD_TORCH_CHECK(gate.is_contiguous(), "gate must be as the forward op returned it");
   grad = with_dense_rows(grad);
   auto need = [&](int64_t bit) { return bool(needs >> bit & 1); };
   bool into_y = need(kX) || need(kNormInWeight) || need(kNormInBias);
@@ -140,18 +136,16 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
     return partial[size_t(bit)].mutable_data_ptr();
   };
 
-  Tensor into_linear, into_gate;
+  Tensor y = op.normalized(), linear = op.project(y, op.linear_weight), into_gate;
   AdapterOutBackward b{};
   b.inputs = op.out;
-  b.inputs.linear = op.part(products, 0).const_data_ptr();
-  b.inputs.gate = op.part(products, 1).const_data_ptr();
+  b.inputs.linear = linear.const_data_ptr();
+  b.inputs.gate = gate.const_data_ptr();
   b.grad = operand(grad);
   b.grid = join(grad, {&b.grad});
   b.chunk = chunks.size;
-  if (into_y || need(kLinearWeight)) {
-    into_linear = allocate({op.rows, op.width}, op.type);
-    b.into_linear = into_linear.mutable_data_ptr();
-  }
+  // Row by row the product makes room for its gradient.
+  if (into_y || need(kLinearWeight)) b.into_linear = linear.mutable_data_ptr();
   if (into_y || need(kGateWeight)) {
     into_gate = allocate({op.rows, op.width}, op.type);
     b.into_gate = into_gate.mutable_data_ptr();
@@ -167,7 +161,7 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   Tensor grad_x;
   if (into_y) {
     Tensor grad_y = allocate({op.rows, op.channels}, op.type);
-    multiply(grad_y, into_linear, op.linear_weight);
+    multiply(grad_y, linear, op.linear_weight);
     multiply(grad_y, into_gate, op.gate_weight, 1, true);
     AdapterInBackward c{};
     c.inputs = op.in;
@@ -186,8 +180,6 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   }
 
   std::vector<Tensor> grads;
-  Tensor y;
-  if (need(kLinearWeight) || need(kGateWeight)) y = op.normalized();
   auto vector = [&](int64_t bit, const Tensor& like) {
     if (!need(bit)) return;
     Tensor total = summed(partial[size_t(bit)], 1, like.size(0), chunks, false, op.rows);
@@ -202,7 +194,7 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   if (need(kX)) grads.push_back(grad_x);
   vector(kNormInWeight, norm_in_weight);
   vector(kNormInBias, norm_in_bias);
-  matrix(kLinearWeight, into_linear, linear_weight);
+  matrix(kLinearWeight, linear, linear_weight);
   vector(kLinearBias, linear_bias);
   matrix(kGateWeight, into_gate, gate_weight);
   vector(kGateBias, gate_bias);

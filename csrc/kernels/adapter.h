@@ -45,7 +45,7 @@ struct AdapterOutBackward {
   RowGrid grid;
   RowOperand grad;  // (rows, D)
   int64_t chunk;
-  void *into_linear, *into_gate;  // (rows, D), or null: the products' gradients
+  void *into_linear, *into_gate;  // (rows, D), or null: the products' gradients; into_linear may be `linear` itself
   // (chunks, D) partial sums of the accumulator type, or null.
   void *grad_linear_bias, *grad_gate_bias, *grad_weight, *grad_bias;
 };

@@ -26,9 +26,9 @@ struct OwnRows {
 // The first n lanes, the others 0.
 template <typename A>
 TF_INLINE Vec<A> first_lanes(Vec<A> x, int n) {
-  Vec<A> kept = {};
-  for (int i = 0; i < L<A>; ++i) kept[i] = i < n ? x[i] : A(0);
-  return kept;
+  A lanes[L<A>];
+  store(lanes, x);
+  return load(lanes, n);
 }
 
 template <typename A>

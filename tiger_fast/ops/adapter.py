@@ -23,11 +23,11 @@ def _fake(
     rows = 1
     for size in x.shape[:-1]:
         rows = rows * size
-    return x.new_empty((*x.shape[:-1], width)), x.new_empty((2, rows, width))
+    return x.new_empty((*x.shape[:-1], width)), x.new_empty((rows, width))
 
 
 def _backward_fake(grad: Tensor, *rest: Tensor | float | int) -> list[Tensor]:
-    *inputs, _eps, _products, needs = rest
+    *inputs, _eps, _gate, needs = rest
     return wanted(needs, *inputs)
 
 
@@ -36,7 +36,7 @@ _INPUTS = (
     "Tensor gate_weight, Tensor gate_bias, Tensor norm_out_weight, Tensor norm_out_bias, float eps"
 )
 define(f"adapter({_INPUTS}) -> (Tensor, Tensor)", _fake)
-define(f"adapter_backward(Tensor grad, {_INPUTS}, Tensor products, int needs) -> Tensor[]", _backward_fake)
+define(f"adapter_backward(Tensor grad, {_INPUTS}, Tensor gate, int needs) -> Tensor[]", _backward_fake)
 
 
 class _Adapter(torch.autograd.Function):
@@ -44,8 +44,8 @@ class _Adapter(torch.autograd.Function):
     def forward(ctx, eps: float, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.eps = eps
-        out, products = torch.ops.tiger_fast.adapter(*inputs, eps)
-        ctx.save_for_backward(*inputs, products)
+        out, gate = torch.ops.tiger_fast.adapter(*inputs, eps)
+        ctx.save_for_backward(*inputs, gate)
         return out
 
     @staticmethod
@@ -54,8 +54,8 @@ class _Adapter(torch.autograd.Function):
         needs = ctx.needs_input_grad[1:]
         if grad is None:
             return (None,) * (1 + len(needs))
-        *inputs, products = ctx.saved_tensors
-        found = torch.ops.tiger_fast.adapter_backward(grad, *inputs, ctx.eps, products, mask(needs))
+        *inputs, gate = ctx.saved_tensors
+        found = torch.ops.tiger_fast.adapter_backward(grad, *inputs, ctx.eps, gate, mask(needs))
         return None, *spread(needs, found)
 
 
