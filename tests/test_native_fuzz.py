@@ -25,7 +25,7 @@ if not cpu.LOADED:
 from native import FUNCTIONS, NATIVE_CASES, TYPES, check, random_cotangents
 
 ops = torch.ops.tiger_fast
-IN_THE_SUITE = 40  # cases a function, about a second
+IN_THE_SUITE = 100  # cases a function: about a second
 NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in TYPES}
 
 
@@ -117,8 +117,9 @@ class Trial:
         cotangents = [layouts[-1](c) for c in random_cotangents(self.case, arguments, self.seed + 1)]
         cotangents = [None if i in self.absent else c for i, c in enumerate(cotangents)]
         needs = [key for key in values if key not in self.unneeded]
-        # Twice the allowance of the tests on well-behaved numbers.
-        check(self.case, arguments, cotangents, needs, factor=4)
+        # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product.
+        large = max(1, self.magnitude)
+        check(self.case, arguments, cotangents, needs, factor=4 * large, terms=large**3)
 
 
 WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from((24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 200, 257)))
@@ -138,6 +139,8 @@ def trials(draw: st.DrawFn, function: str) -> Trial:
         "R": draw(st.one_of(st.integers(1, 9), st.sampled_from((16, 33, 64, 256)))),
         "C": draw(st.one_of(st.integers(1, 12), WIDTHS)),
     }
+    if CASES[case].choices.get("loss") == "cosine":
+        sizes["C"] += 1  # of one class it is 1 or -1, and its gradient is what rounding leaves of terms that cancel
     sizes = {key: value for key, value in sizes.items() if key not in fixed}
     # Few tokens where a token is large, so that a case takes milliseconds.
     numbers = SIZES | fixed | sizes
