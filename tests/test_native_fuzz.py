@@ -141,6 +141,8 @@ def trials(draw: st.DrawFn, function: str) -> Trial:
     }
     if CASES[case].choices.get("loss") == "cosine":
         sizes["C"] += 1  # of one class it is 1 or -1, and its gradient is what rounding leaves of terms that cancel
+    if function == "adapter":
+        sizes["D"] += 2  # of one or two channels a norm is constant, and its gradient is such a rest too
     sizes = {key: value for key, value in sizes.items() if key not in fixed}
     # Few tokens where a token is large, so that a case takes milliseconds.
     numbers = SIZES | fixed | sizes
