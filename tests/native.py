@@ -78,8 +78,8 @@ def check_one(
         assert value.shape == exact.shape, what
         return
     scale, worst = exact.abs().max().item(), error(eager, exact)
-    # What float64 is compared with was rounded as it was.
-    sums = 512 * SPACING[torch.float64] if value.dtype == torch.float64 else 64 * SPACING[torch.float32]
+    # What float64 is compared with was rounded as it was, and a norm's rows of no variance multiply it.
+    sums = 4096 * SPACING[torch.float64] if value.dtype == torch.float64 else 128 * SPACING[torch.float32]
     atol = SPACING[rounded_in] * (scale + 0.1 * terms) + sums * (scale + terms)
     allowed = factor * (worst if math.isfinite(worst) else 0) + atol
     found = error(value, exact)
