@@ -136,8 +136,8 @@ template <typename S>
 void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
   using A = acc_t<S>;
   const AdapterOut& in = a.inputs;
-  OwnRows<A> own(1, in.width);
-  A* x = own[0];
+  OwnRows<A> own(2, in.width);
+  A *x = own[0], *dx = own[1];
   const A* gate_bias = (const A*)in.gate_bias;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* dlinear_bias = cleared<A>(a.grad_linear_bias, chunk, in.width);
@@ -151,13 +151,13 @@ void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
       add_up<S>(in, r, x);
       Moments<A>(x, in.width, A(in.eps))
           .backward(x, row_of<S>(a.grid, a.grad, r), (const A*)in.weight, in.width, dweight, dbias,
-                    through ? x : nullptr);
+                    through ? dx : nullptr);
       if (!through) continue;
       const S* gate = (const S*)in.gate + r * in.width;
       S* into_linear = a.into_linear ? (S*)a.into_linear + r * in.width : nullptr;
       S* into_gate = a.into_gate ? (S*)a.into_gate + r * in.width : nullptr;
       along<A>(in.width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-        Vec<A> g = get(x, d, partial, n);
+        Vec<A> g = get(dx, d, partial, n);
         if (into_linear) put(into_linear, d, g, partial, n);
         add(dlinear_bias, d, g, partial, n);
         if (!open) return;

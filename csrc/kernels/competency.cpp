@@ -80,7 +80,7 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) 
   int members = int(in.members);
   bool any = a.mixture != nullptr;
   for (int k = 0; k < members; ++k) any |= a.grad_experts[k] != nullptr;
-  OwnRows<A> own(1, in.width);
+  OwnRows<A> own(2, in.width);
   Mixture<S> mixture;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* dweight = a.norm_weight ? (A*)a.norm_weight + chunk * in.width : nullptr;
@@ -92,14 +92,14 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) 
     int64_t first = chunk * a.chunk, last = smaller(first + a.chunk, in.batch * in.tokens);
     for (int64_t r = first; r < last; ++r) {
       int64_t b = r / in.tokens, n = r % in.tokens;
-      A* x = own[0];
+      A *x = own[0], *dx = own[1];
       mixture.read(in, r, x);
       Moments<A>(x, in.width, A(in.eps))
-          .backward(x, row<S>(a.grad, b, n), (const A*)in.weight, in.width, dweight, dbias, any ? x : nullptr);
+          .backward(x, row<S>(a.grad, b, n), (const A*)in.weight, in.width, dweight, dbias, any ? dx : nullptr);
       if (a.mixture) {
         A products[kMaxExperts];
         dots<S, A>(
-            members, 1, in.width, [&](int k) TF_LAMBDA { return mixture.rows[k]; }, [&](int) TF_LAMBDA { return x; },
+            members, 1, in.width, [&](int k) TF_LAMBDA { return mixture.rows[k]; }, [&](int) TF_LAMBDA { return dx; },
             products, 1);
         A* sums = (A*)a.mixture + (b + chunk) * members;
         for (int k = 0; k < members; ++k) sums[k] = (r == first || n == 0 ? A(0) : sums[k]) + products[k];
@@ -109,7 +109,7 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) 
         A w = mixture.weights[k];
         S* out = (S*)a.grad_experts[k] + r * in.width;
         along<A>(in.width, [&](int64_t d, auto partial, int count) TF_LAMBDA {
-          put(out, d, w * get(x, d, partial, count), partial, count, in.past_caches);
+          put(out, d, w * get(dx, d, partial, count), partial, count, in.past_caches);
         });
       }
     }

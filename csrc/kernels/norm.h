@@ -26,9 +26,9 @@ struct OwnRows {
 // The first n lanes, the others 0.
 template <typename A>
 TF_INLINE Vec<A> first_lanes(Vec<A> x, int n) {
-  A lanes[L<A>];
-  store(lanes, x);
-  return load(lanes, n);
+  Vec<A> kept = {};
+  for (int i = 0; i < L<A>; ++i) kept[i] = i < n ? x[i] : A(0);
+  return kept;
 }
 
 template <typename A>
@@ -58,8 +58,8 @@ struct Moments {
     });
   }
 
-  // From the row x and its output's gradient `grad`: adds to the sums of the weight's and the bias's gradients, unless
-  // they are null, and puts the row's own gradient into `dx` (which may be x itself), unless it is null. With h the normalised row,
+  // From the row x and its output's gradient `grad`: adds to the sums of the weight's and the bias's gradients, and puts
+  // the row's own gradient into dx, another row; null where it is not wanted. With h the normalised row,
   //   dweight = grad h, dbias = grad, dx = scale (g - mean(g) - h mean(g h)), g = grad weight.
   template <typename S>
   TF_INLINE void backward(const A* x, const S* grad, const A* weight, int64_t width, A* dweight, A* dbias,
@@ -69,16 +69,18 @@ struct Moments {
       Vec<A> h = (get(x, d, partial, n) - mean) * scale, g = get(grad, d, partial, n);
       if (dweight) put(dweight, d, get(dweight, d, partial, n) + g * h, partial, n);
       if (dbias) put(dbias, d, get(dbias, d, partial, n) + g, partial, n);
+      if (!dx) return;
       g *= get(weight, d, partial, n);
+      put(dx, d, g, partial, n);
       level += g;
       slope += g * h;
     });
     if (!dx) return;
     A mean_g = sum(level) / A(width), mean_gh = sum(slope) / A(width);
     along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+      // g as it was stored: multiplied anew it would be fused with the subtraction, and not cancel where it should.
       Vec<A> h = (get(x, d, partial, n) - mean) * scale;
-      Vec<A> g = get(grad, d, partial, n) * get(weight, d, partial, n);
-      put(dx, d, (g - mean_g - h * mean_gh) * scale, partial, n);
+      put(dx, d, (get(dx, d, partial, n) - mean_g - h * mean_gh) * scale, partial, n);
     });
   }
 };
