@@ -83,14 +83,17 @@ AlignmentLoss describe(const Tensor& delta, const Tensor& weights, double tau, d
   return a;
 }
 
-// The loss, and the number of rows that count, at least 1: the backward divides by it too.
-std::tuple<Tensor, Tensor> alignment_loss(Tensor delta, Tensor weights, double tau, double eps,
-                                          std::optional<Tensor> mask) {
+// The loss; the number of rows that count, at least 1, by which the backward divides too; and, if `keep`, the derivative
+// of each row's divergence by its weights, which spares the backward all but a scaling where the target is held fixed.
+std::tuple<Tensor, Tensor, Tensor> alignment_loss(Tensor delta, Tensor weights, double tau, double eps,
+                                                  std::optional<Tensor> mask, bool keep) {
   AlignmentLoss a = describe(delta, weights, tau, eps, mask);
   int64_t chunks = chunks_of(a.grid);
   std::vector<double> sums(static_cast<size_t>(chunks));
   std::vector<int64_t> counts(static_cast<size_t>(chunks));
   a.sums = sums.data(), a.counts = counts.data();
+  Tensor slopes = allocate(keep ? sizes_of(weights) : Sizes{0}, a.wide ? ScalarType::Double : ScalarType::Float);
+  if (keep) a.slopes = slopes.mutable_data_ptr();
   auto kernel = TF_KERNEL(alignment_loss);
   parallel(chunks, grain_of(a.grid), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   double sum = 0;
@@ -105,12 +108,13 @@ std::tuple<Tensor, Tensor> alignment_loss(Tensor delta, Tensor weights, double t
     *static_cast<float*>(loss.mutable_data_ptr()) = float(sum / double(count));
   Tensor counted = allocate({}, ScalarType::Double);
   *static_cast<double*>(counted.mutable_data_ptr()) = double(count);
-  return {loss, counted};
+  return {loss, counted, slopes};
 }
 
 // The gradient of delta if bit 0 of `needs` is set, then, if bit 1 is, that of the weights.
 std::vector<Tensor> alignment_loss_backward(Tensor grad, Tensor delta, Tensor weights, double tau, double eps,
-                                            std::optional<Tensor> mask, Tensor counted, int64_t needs) {
+                                            std::optional<Tensor> mask, Tensor counted, std::optional<Tensor> slopes,
+                                            int64_t needs) {
   AlignmentLossBackward a{};
   a.inputs = describe(delta, weights, tau, eps, mask);
   expect("grad", grad, {}, a.inputs.wide ? ScalarType::Double : ScalarType::Float);
@@ -118,6 +122,14 @@ std::vector<Tensor> alignment_loss_backward(Tensor grad, Tensor delta, Tensor we
   a.scale = a.inputs.wide ? *static_cast<const double*>(grad.const_data_ptr())
                           : double(*static_cast<const float*>(grad.const_data_ptr()));
   a.scale /= *static_cast<const double*>(counted.const_data_ptr());
+  if (slopes && needs == 2) {
+    expect("slopes", *slopes, sizes_of(weights), grad.scalar_type());
+    STD_TORCH_CHECK(slopes->is_contiguous(), "slopes must be as the forward op returned them");
+    Sizes strides;
+    for (int64_t i = 0; i < slopes->dim(); ++i) strides.push_back(slopes->stride(i));
+    Tensor scaled = summed(*slopes, 1, slopes->numel(), Chunks(1), false, 1, a.scale);
+    return {converted(view(scaled, sizes_of(weights), strides), weights.scalar_type())};
+  }
   std::vector<Tensor> grads;
   if (needs & 1) {
     grads.push_back(allocate(sizes_of(delta), delta.scalar_type()));

@@ -294,22 +294,26 @@ void loss_forward(const AlignmentLoss& a, int64_t begin, int64_t end) {
     int64_t start = chunk * kRowChunk;
     Walk walk_delta(a.grid, a.delta, start), walk_weights(a.grid, a.weights, start), walk_mask(a.grid, a.mask, start);
     Vec<A> sums = {}, counts = {};
-    by_tile(a.grid, chunk, [&](int64_t, int count) TF_LAMBDA {
+    by_tile(a.grid, chunk, [&](int64_t row, int count) TF_LAMBDA {
       read(a.grid, a.delta, walk_delta, count, delta);
       read(a.grid, a.weights, walk_weights, count, weights);
       counted.read(a, walk_mask, count);
       for (int r = 0; r < count; r += L<A>) {
         Target<A> target(delta, members, r, constants);
-        Vec<A> divergence = {};
+        Vec<A> divergence = {}, counts_here = counted.get(r);
+        auto out_of_sum = counts_here == A(0);
         for (int m = 0; m < members; ++m) {
           Vec<A> p = target.p[m], alpha = weights.get(m, r), twice = p + alpha;
-          auto term = [&](Vec<A> x) TF_LAMBDA { return x * log_ratio<A>(x, twice) + (x < A(kTiny) ? x : Vec<A>{}); };
-          divergence += (p == A(0)) & (alpha == A(0)) ? Vec<A>{} : term(p) + term(alpha);
+          auto zero = (p == A(0)) & (alpha == A(0));
+          auto term = [&](Vec<A> x, Vec<A> ratio) TF_LAMBDA { return x * ratio + (x < A(kTiny) ? x : Vec<A>{}); };
+          Vec<A> ratio = log_ratio<A>(alpha, twice);
+          divergence += zero ? Vec<A>{} : term(p, log_ratio<A>(p, twice)) + term(alpha, ratio);
+          if (a.slopes) weights.put(m, r, zero | out_of_sum ? Vec<A>{} : A(0.5) * ratio);
         }
-        Vec<A> counts_here = counted.get(r);
-        sums += counts_here != A(0) ? divergence : Vec<A>{};
+        sums += out_of_sum ? Vec<A>{} : divergence;
         counts += counts_here;
       }
+      if (a.slopes) write(weights, members, row, count, sizeof(A) == 8 ? Type::f64 : Type::f32, a.slopes);
     });
     a.sums[chunk] = double(sum(sums)) / 2;
     a.counts[chunk] = int64_t(sum(counts));

@@ -30,10 +30,12 @@ struct AlignmentLoss {
   RowOperand mask;  // one byte a row, `data` null if every row counts
   double* sums;     // of the divergences, and
   int64_t* counts;  // of the rows that count, by chunk
+  // (..., M) of the accumulator type: the derivative of each row's divergence by its weights; null where it is not kept.
+  void* slopes;
 };
 
 struct AlignmentLossBackward {
-  AlignmentLoss inputs;  // without `sums` and `counts`
+  AlignmentLoss inputs;  // without `sums`, `counts` and `slopes`
   double scale;          // the loss's gradient over the rows that count
   void* grad_delta;      // (..., M) of delta's type, or null
   void* grad_weights;    // (..., M) of the weights' type, or null

@@ -17,9 +17,12 @@ def _target_backward_fake(grad: Tensor, delta: Tensor, tau: float, eps: float) -
     return delta.new_empty(delta.shape)
 
 
-def _loss_fake(delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _loss_fake(
+    delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool
+) -> tuple[Tensor, Tensor, Tensor]:
     dtype = accumulator(torch.promote_types(delta.dtype, weights.dtype))
-    return delta.new_empty((), dtype=dtype), delta.new_empty((), dtype=torch.float64)
+    slopes = delta.new_empty(weights.shape if keep else (0,), dtype=dtype)
+    return delta.new_empty((), dtype=dtype), delta.new_empty((), dtype=torch.float64), slopes
 
 
 def _loss_backward_fake(
@@ -30,6 +33,7 @@ def _loss_backward_fake(
     eps: float,
     mask: Tensor | None,
     counted: Tensor,
+    slopes: Tensor | None,
     needs: int,
 ) -> list[Tensor]:
     return wanted(needs, delta, weights)
@@ -38,11 +42,13 @@ def _loss_backward_fake(
 define("causal_target(Tensor delta, float tau, float eps) -> Tensor", _target_fake)
 define("causal_target_backward(Tensor grad, Tensor delta, float tau, float eps) -> Tensor", _target_backward_fake)
 define(
-    "alignment_loss(Tensor delta, Tensor weights, float tau, float eps, Tensor? mask) -> (Tensor, Tensor)", _loss_fake
+    "alignment_loss(Tensor delta, Tensor weights, float tau, float eps, Tensor? mask, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    _loss_fake,
 )
 define(
     "alignment_loss_backward(Tensor grad, Tensor delta, Tensor weights, float tau, float eps, Tensor? mask, "
-    "Tensor counted, int needs) -> Tensor[]",
+    "Tensor counted, Tensor? slopes, int needs) -> Tensor[]",
     _loss_backward_fake,
 )
 
@@ -66,24 +72,26 @@ class _CausalTarget(torch.autograd.Function):
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None) -> Tensor:
+    def forward(
+        ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.settings = tau, eps
-        loss, counted = torch.ops.tiger_fast.alignment_loss(delta, weights, tau, eps, mask)
-        ctx.save_for_backward(delta, weights, mask, counted)
+        loss, counted, slopes = torch.ops.tiger_fast.alignment_loss(delta, weights, tau, eps, mask, keep)
+        ctx.save_for_backward(delta, weights, mask, counted, slopes if keep else None)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 5
-        delta, weights, mask, counted = ctx.saved_tensors
+            return (None,) * 6
+        delta, weights, mask, counted, slopes = ctx.saved_tensors
         needs = ctx.needs_input_grad[:2]
         found = torch.ops.tiger_fast.alignment_loss_backward(
-            grad, delta, weights, *ctx.settings, mask, counted, bits(needs)
+            grad, delta, weights, *ctx.settings, mask, counted, slopes, bits(needs)
         )
-        return *spread(needs, found), None, None, None
+        return *spread(needs, found), None, None, None, None
 
 
 def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
@@ -95,4 +103,8 @@ def alignment_loss(
     delta: Tensor, weights: Tensor, tau: float, eps: float, detach_target: bool, mask: Tensor | None
 ) -> Tensor:
     """`tiger_fast.functional.alignment_loss` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _AlignmentLoss.apply(delta.detach() if detach_target else delta, weights, tau, eps, mask)
+    if detach_target:
+        delta = delta.detach()
+    # With the target held fixed, the usual case, the forward has the gradient at hand, and it is as small as the weights.
+    keep = torch.is_grad_enabled() and weights.requires_grad and not delta.requires_grad
+    return _AlignmentLoss.apply(delta, weights, tau, eps, mask, keep)
