@@ -34,7 +34,7 @@ TF_INLINE vfloat normal(vfloat x, vfloat& bell) {
 
 TF_INLINE vdouble normal(vdouble x, vdouble& bell) {
   bell = exp(x * x * -0.5);
-  vdouble y;
+  vdouble y = x;
   for (int i = 0; i < L<double>; ++i) y[i] = 0.5 * ::erfc(x[i] * -0.70710678118654752440);
   return y;
 }

@@ -201,7 +201,7 @@ TF_INLINE A peak(const A* y, int64_t columns) {
     most = most > x ? most : x;
   }
   for (int step = L<A> / 2; step > 0; step /= 2) {
-    Vec<A> turned;
+    Vec<A> turned = {};
     for (int i = 0; i < L<A>; ++i) turned[i] = most[(i + step) % L<A>];
     most = most > turned ? most : turned;
   }
