@@ -345,7 +345,8 @@ TF_INLINE vfloat exp(vfloat x) {
   x = x > 89.f ? splat(89.f) : x;
   vfloat shifted = x * 0x1.715476p0f + 0x1.8p23f;  // the addition rounds to an integer
   vfloat n = shifted - 0x1.8p23f;
-  vint i = (vint)shifted - 0x4b400000;
+  // Unsigned, here and in log, where a NaN's bits may overflow and a shift may meet a negative number.
+  vint i = (vint)((vuint)shifted - 0x4b400000u);
   vfloat r = x - n * 0x1.62e4p-1f - n * 0x1.7f7d1cp-20f;
   vfloat p = splat(0x1.6850e4p-10f);
   p = p * r + 0x1.123bccp-7f;
@@ -354,16 +355,17 @@ TF_INLINE vfloat exp(vfloat x) {
   p = p * r + 0x1.fffff8p-2f;
   p = (p * r * r + r) + 1.f;
   vint first = i >> 1;
-  return p * (vfloat)((first + 127) << 23) * (vfloat)((i - first + 127) << 23);
+  vuint low = (vuint)first + 127u, high = (vuint)i - (vuint)first + 127u;
+  return p * (vfloat)(low << 23) * (vfloat)(high << 23);
 }
 
 TF_INLINE vfloat log(vfloat x) {
   // x = 2^e m with m in [sqrt(1/2), sqrt(2)); log m by the series of atanh in s = (m - 1) / (m + 1).
   vint tiny = (vint)(x < 0x1p-126f);
   vfloat y = tiny ? x * 0x1p24f : x;
-  vint bits = (vint)y;
-  vint e = ((bits - 0x3f3504f3) >> 23);
-  vfloat m = (vfloat)(bits - (e << 23));
+  vuint bits = (vuint)y;
+  vint e = (vint)(bits - 0x3f3504f3u) >> 23;
+  vfloat m = (vfloat)(bits - ((vuint)e << 23));
   vfloat n = __builtin_convertvector(e + (tiny & -24), vfloat);
   vfloat f = m - 1.f;
   vfloat s = f / (f + 2.f);
