@@ -1,5 +1,7 @@
 #include "memory.h"
 
+#include <torch/headeronly/util/Exception.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <mutex>
@@ -28,8 +30,13 @@ struct Cache {
   size_t limit = 0;
 
   Cache() {
-    if (const char* mebibytes = std::getenv("TIGER_FAST_CACHE_MIB")) {
-      limit = size_t(std::strtoull(mebibytes, nullptr, 10)) << 20;
+    const char* mebibytes = std::getenv("TIGER_FAST_CACHE_MIB");
+    if (mebibytes && *mebibytes) {
+      char* end = nullptr;
+      unsigned long long asked = std::strtoull(mebibytes, &end, 10);
+      STD_TORCH_CHECK(*mebibytes >= '0' && *mebibytes <= '9' && !*end && asked <= (size_t(-1) >> 20),
+                      "TIGER_FAST_CACHE_MIB must be a number of mebibytes, got ", mebibytes);
+      limit = size_t(asked) << 20;
     } else {
       size_t physical = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
       limit = std::min(size_t(1) << 30, physical / 8);
@@ -83,7 +90,7 @@ void* acquire(size_t bytes, size_t* size) {
   Cache& c = cache();
   {
     std::lock_guard<std::mutex> lock(c.mutex);
-    // The smallest kept block that is large enough and wastes at most a quarter; the newest of those, whose lines may
+    // The smallest kept block that is large enough and wastes at most a quarter or a huge page; the newest of those, whose lines may
     // still be in a cache.
     auto best = c.blocks.end();
     for (auto it = c.blocks.begin(); it != c.blocks.end(); ++it)
@@ -104,6 +111,10 @@ void* acquire(size_t bytes, size_t* size) {
 
 void release(void* block, size_t size) {
   Cache& c = cache();
+  if (size > c.limit) {  // would push out everything else and not stay either
+    munmap(block, size);
+    return;
+  }
   std::vector<Block> dropped;
   {
     std::lock_guard<std::mutex> lock(c.mutex);

@@ -49,6 +49,9 @@ def runs_at(level: str) -> Callable[[], None]:
         for name in NATIVE_PLAIN:  # whole vectors, and more heads than members
             more = {"num_heads": 8} if "num_heads" in CASES[name].keywords else {}
             check(name, transform(guarded, make(name, torch.float32, D=128, C=40, N=9)) | more)
+            for width in (8, 24, 40):  # whole vectors of some sets, and short of the width that products pad to
+                for dtype in (torch.float32, torch.float64):
+                    check(name, transform(guarded, make(name, dtype, D=width)))
 
     return scenario
 
@@ -93,6 +96,32 @@ def keeps_at_most(mebibytes: int) -> Callable[[], None]:
         assert ops.cpu_cached_bytes() == 0
 
     return scenario
+
+
+def keeps_the_rest() -> None:
+    """A block above the limit goes back to the system alone."""
+    os.environ["TIGER_FAST_CACHE_MIB"] = "16"
+    sizes = {mebibytes: [torch.ones(1, mebibytes * MIB // 16, 2)] * 2 for mebibytes in (12, 24)}
+    kept = []
+    for experts in (sizes[12], sizes[24]):
+        weights = torch.ones(1, 1, experts[0].shape[1], 2)
+        functional.leave_one_out(experts, weights, backend="cpu")
+        kept.append(ops.cpu_cached_bytes())
+    assert kept[0] >= 12 * MIB and kept[1] == kept[0], kept
+
+
+def unreadable_limit() -> None:
+    """A limit that is no number of mebibytes is an error, and none at all the default."""
+    for wrong in ("-1", "4GiB", "1e3", " 4", "99999999999999999999"):
+        os.environ["TIGER_FAST_CACHE_MIB"] = wrong
+        try:
+            ops.cpu_cache_limit()
+        except RuntimeError as error:
+            assert "TIGER_FAST_CACHE_MIB" in str(error) or "cpu_cache_limit" in str(error), error
+        else:
+            raise AssertionError(wrong)
+    os.environ["TIGER_FAST_CACHE_MIB"] = ""
+    assert ops.cpu_cache_limit() > 0
 
 
 def forks() -> None:
@@ -297,6 +326,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     **{f"level {level}": runs_at(level) for level in ("plain", "v3", "v4")},
     "unknown level": unknown_level,
     **{f"cache of {mebibytes} MiB": keeps_at_most(mebibytes) for mebibytes in (0, 4, 8)},
+    "block above the limit": keeps_the_rest,
+    "unreadable limit": unreadable_limit,
     "fork": forks,
     "fork beside threads": forks_beside_threads,
     "bad input": bad_input,

@@ -11,7 +11,9 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
-// The weights of one token, and 1 / den as the quotients need it.
+namespace {
+
+// The weights of one token, and what they are divided by.
 template <typename A>
 struct Token {
   A weights[kMaxTasks][kMaxExperts];
@@ -110,6 +112,8 @@ void backward(const LeaveOneOutBackward& a, int64_t begin, int64_t end) {
   }
   fence();
 }
+
+}  // namespace
 
 void leave_one_out(const LeaveOneOut& a, int64_t begin, int64_t end) {
   by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end); });

@@ -21,6 +21,8 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
+namespace {
+
 constexpr int kTile = 8;  // tokens of a tile, at most
 // What a tile's rows may take of the second cache.
 constexpr int64_t kTileBytes = 192 << 10;
@@ -57,7 +59,7 @@ struct Tile {
   A z[kTile][kMaxRank];
 
   Tile(const Route& args) : a(args), wide(route_padded(args.width)) {
-    in_place = sizeof(S) != 2 && a.width % L<A> == 0;
+    in_place = sizeof(S) != 2 && a.width == wide;  // products read whole rows of a padded width
     int64_t bytes = a.members * wide * int64_t(sizeof(A));
     size = int(smaller<int64_t>(kTile, larger<int64_t>(1, kTileBytes / bytes)));
   }
@@ -83,8 +85,9 @@ struct Tile {
     for (int i = 0; i < count; ++i) {
       int64_t b = (first + i) / a.tokens, n = (first + i) % a.tokens;
       for (int k = 0; k < members; ++k)
-        features[i * members + k] = dense(row<S>(a.experts[k], b, n), copies + (i * members + k) * wide);
-      base[i] = dense((const S*)a.base + (first + i) * a.width, base_copies + i * wide);
+        features[i * members + k] =
+            dense(row<S>(a.experts[k], b, n), in_place ? nullptr : copies + (i * members + k) * wide);
+      base[i] = dense((const S*)a.base + (first + i) * a.width, in_place ? nullptr : base_copies + i * wide);
       const S* from = (const S*)a.z + (first + i) * a.rank;
       for (int64_t r = 0; r < route_padded(a.rank); r += L<A>)
         store(z[i] + r, r + L<A> <= a.rank ? load(from + r) : r < a.rank ? load(from + r, int(a.rank - r)) : Vec<A>{});
@@ -215,7 +218,8 @@ void backward(const RouteBackward& args, int64_t chunk) {
     for (int i = 0; i < count; ++i)
       for (int t = 0; t < tasks; ++t)
         grads[i][t] = args.grad_tokens.data
-                          ? tile.dense(row<S>(args.grad_tokens, b, t, n0 + i), copies + (i * tasks + t) * wide)
+                          ? tile.dense(row<S>(args.grad_tokens, b, t, n0 + i),
+                                       grads_in_place ? nullptr : copies + (i * tasks + t) * wide)
                           : nullptr;
     if (needs_u) tile.project(count, u);
     A* sum_scale = args.grad_scale ? slot(args.grad_scale, a.scale_batch, b, tasks * columns, scale_slot) : nullptr;
@@ -329,6 +333,8 @@ void condition(const Conditions& a, int64_t begin, int64_t end) {
     }
   }
 }
+
+}  // namespace
 
 void conditions(const Conditions& a, int64_t begin, int64_t end) {
   if (a.wide)

@@ -6,6 +6,8 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
+namespace {
+
 constexpr int64_t kBlock = 1024;  // elements of one unit of work
 
 template <typename A>
@@ -28,6 +30,8 @@ void add_up(const Sums& a, int64_t begin, int64_t end) {
     });
   }
 }
+
+}  // namespace
 
 void sums(const Sums& a, int64_t begin, int64_t end) {
   if (a.wide)
