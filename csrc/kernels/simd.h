@@ -341,7 +341,10 @@ TF_INLINE vdouble root(vdouble x) {
 
 TF_INLINE vfloat exp(vfloat x) {
   // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its series; 2^n in two factors, so that subnormal results come out too.
-  x = x < -104.f ? splat(-104.f) : x;
+  // Below -104 the result is 0 without arithmetic on subnormal numbers, which takes processors over a hundred cycles: -inf
+  // is common, it fills what is masked or behind a row's end.
+  vint none = (vint)(x < -104.f);
+  x = none ? vfloat{} : x;
   x = x > 89.f ? splat(89.f) : x;
   vfloat shifted = x * 0x1.715476p0f + 0x1.8p23f;  // the addition rounds to an integer
   vfloat n = shifted - 0x1.8p23f;
@@ -354,7 +357,8 @@ TF_INLINE vfloat exp(vfloat x) {
   p = p * r + 0x1.fffff8p-2f;
   p = (p * r * r + r) + 1.f;
   vint first = i >> 1;
-  return p * (vfloat)((first + 127) << 23) * (vfloat)((i - first + 127) << 23);
+  vfloat result = p * (vfloat)((first + 127) << 23) * (vfloat)((i - first + 127) << 23);
+  return none ? vfloat{} : result;
 }
 
 TF_INLINE vfloat log(vfloat x) {
