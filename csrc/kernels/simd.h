@@ -341,8 +341,8 @@ TF_INLINE vdouble root(vdouble x) {
 
 TF_INLINE vfloat exp(vfloat x) {
   // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its series; 2^n in two factors, so that subnormal results come out too.
-  // Below -104 the result is 0 without arithmetic on subnormal numbers, which takes processors over a hundred cycles: -inf
-  // is common, it fills what is masked or behind a row's end.
+  // Below -104 the result is 0 without arithmetic on subnormal numbers, which takes processors over a hundred cycles:
+  // -inf is common, it fills what is masked or behind a row's end.
   vint none = (vint)(x < -104.f);
   x = none ? vfloat{} : x;
   x = x > 89.f ? splat(89.f) : x;
