@@ -32,7 +32,7 @@ struct Inputs {
   std::vector<Tensor> features;
   Tensor head, panel, bias;
   int64_t count() const { return a.batch * a.tokens; }
-  int64_t work() const { return a.members * a.classes * (2 + a.width / 8); }
+  int64_t work() const { return 16 + a.members * a.classes * (4 + a.width / 8); }
 };
 
 // What both forms share; type, features and sizes are set.

@@ -17,7 +17,7 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
-constexpr int kMostRows = 8 * kMaxExperts;    // of one tile, see counterfactual_tile
+constexpr int kMostRows = 16 * kMaxExperts;   // of one tile, see counterfactual_tile
 constexpr int64_t kDepth = 1024;              // of one pass of a product, so that its panel stays in the second cache
 constexpr int64_t kHeadInCache = 256 * 1024;  // bytes, of a second cache of 512 KiB or more
 
@@ -97,6 +97,20 @@ struct Token {
   A weights[kMaxExperts];
 };
 
+// Where classes are few: a vector holds one number each of L tokens.
+template <typename A>
+struct Across {
+  A* projections;  // (M, C)
+  A* logits;       // (M + 1, C)
+  A* weights;      // (M)
+  A* target;       // (C)
+  A* grad_target;  // (C)
+  A* bias_sums;    // (C)
+  A* grads;        // (M + 1), of the losses
+  A* results;      // (M + 1), the losses; in backward (M), dw
+  A* label;        // -1: no class
+};
+
 // What one range of tokens works in.
 template <typename A>
 struct Scratch {
@@ -109,12 +123,13 @@ struct Scratch {
   A* bias;          // zeros behind the last class
   A* bias_sums;
   A* features;      // of the tile, as accumulators; then their gradients
+  Across<A> across;
 };
 
 template <typename A>
 TF_INLINE Scratch<A> laid_out(const Counterfactual& a, void* memory) {
   Scratch<A> s;
-  int64_t rows = counterfactual_tile(a.members) * a.members;
+  int64_t rows = counterfactual_tile(a) * a.members;
   s.stride = in_whole_vectors(a.classes);
   s.columns = padded<A>(a.classes);
   s.projections = (A*)memory;
@@ -124,6 +139,16 @@ TF_INLINE Scratch<A> laid_out(const Counterfactual& a, void* memory) {
   s.bias = s.grad_target + s.stride;
   s.bias_sums = s.bias + s.stride;
   s.features = s.bias_sums + s.stride;
+  Across<A>& x = s.across;
+  x.projections = s.features + rows * in_whole_vectors(a.projected ? 1 : a.width);
+  x.logits = x.projections + a.members * a.classes * L<A>;
+  x.weights = x.logits + (a.members + 1) * a.classes * L<A>;
+  x.target = x.weights + a.members * L<A>;
+  x.grad_target = x.target + a.classes * L<A>;
+  x.bias_sums = x.grad_target + a.classes * L<A>;
+  x.grads = x.bias_sums + a.classes * L<A>;
+  x.results = x.grads + (a.members + 1) * L<A>;
+  x.label = x.results + (a.members + 1) * L<A>;
   for (int64_t c = 0; c < s.stride; ++c) {
     s.bias[c] = a.bias && c < a.classes ? ((const A*)a.bias)[c] : A(0);
     s.target[c] = 0;
@@ -355,8 +380,7 @@ __attribute__((noinline)) void token_gradients(const Counterfactual& a, const Sc
 
 // Whether the token counts; if so, its class and its weights.
 template <typename A>
-TF_INLINE bool read_token(const Counterfactual& a, int64_t index, Token<A>& token) {
-  int64_t b = index / a.tokens, n = index % a.tokens;
+TF_INLINE bool read_token(const Counterfactual& a, int64_t index, int64_t b, int64_t n, Token<A>& token) {
   if (a.valid && !a.valid[b * a.valid_stride[0] + n * a.valid_stride[1]]) return false;
   token.index = index, token.b = b, token.n = n;
   if (a.loss == TokenLoss::cross_entropy) {
@@ -369,16 +393,15 @@ TF_INLINE bool read_token(const Counterfactual& a, int64_t index, Token<A>& toke
   return true;
 }
 
+// The target's classes, `apart` elements apart in `out`.
 template <typename A>
-TF_INLINE void read_target(const Counterfactual& a, const Token<A>& token, A* out) {
+TF_INLINE void read_target(const Counterfactual& a, const Token<A>& token, A* out, int64_t apart) {
   if (a.loss == TokenLoss::cross_entropy) return;
   int64_t offset = token.b * a.target.stride[0] + token.n * a.target.stride[1], step = a.target.stride[2];
-  if (step == 1 && a.target.type == (sizeof(A) == 8 ? Type::f64 : Type::f32)) {
-    const A* from = (const A*)a.target.data + offset;
-    for (int64_t c = 0; c < a.classes; ++c) out[c] = from[c];
-  } else {
-    for (int64_t c = 0; c < a.classes; ++c) out[c] = at<A>(a.target, offset + c * step);
-  }
+  by_type(a.target.type, [&](auto s) TF_LAMBDA {
+    const auto* from = (const decltype(s)*)a.target.data + offset;
+    for (int64_t c = 0; c < a.classes; ++c) out[c * apart] = A(value(from[c * step]));
+  });
 }
 
 // A row as accumulators with zeros up to whole vectors: the row itself, unless it has to be copied.
@@ -394,17 +417,19 @@ TF_INLINE const acc_t<S>* gathered(const S* p, int64_t count, bool copy, acc_t<S
 }
 
 // The tokens from `next` on that count, at most a tile of them, with their projections: made from the features, or
-// those that forward kept if `recall`; then the features are read only if `features`. skip(index) is told of
+// those that forward kept if `recall`; then the features are read only if `features`. skip(index, b, n) is told of
 // other tokens.
 template <typename S, typename Skip>
 TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
                         bool features, bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
   using A = acc_t<S>;
-  int members = int(a.members), most = int(counterfactual_tile(members)), count = 0;
+  int members = int(a.members), most = int(counterfactual_tile(a)), count = 0;
+  int64_t b = next / a.tokens, n = next % a.tokens - 1;
   for (; next < end && count < most; ++next) {
+    if (++n == a.tokens) ++b, n = 0;
     Token<A>& token = tokens[count];
-    if (!read_token(a, next, token)) {
-      skip(next);
+    if (!read_token(a, next, b, n, token)) {
+      skip(next, b, n);
       continue;
     }
     for (int k = 0; k < members; ++k) {
@@ -427,27 +452,228 @@ TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int
   return count;
 }
 
+// ---- few classes: the losses of up to L tokens, one in each lane
+
+// Turns `there` tokens and their projections; zeros in the other lanes.
+template <typename A>
+TF_INLINE void read_across(const Counterfactual& a, const Scratch<A>& s, const Token<A>* tokens, int there,
+                           const A* projections) {
+  const Across<A>& x = s.across;
+  int members = int(a.members), classes = int(a.classes);
+  if (there < L<A>) {
+    auto clear = [](A* p, int64_t rows) TF_LAMBDA {
+      for (int64_t i = 0; i < rows; ++i) store(p + i * L<A>, Vec<A>{});
+    };
+    clear(x.projections, members * classes);
+    clear(x.weights, members);
+    clear(x.target, classes);
+    clear(x.label, 1);
+  }
+  for (int i = 0; i < there; ++i) {
+    for (int k = 0; k < members; ++k) {
+      x.weights[k * L<A> + i] = tokens[i].weights[k];
+      const A* from = projections + (i * members + k) * s.stride;
+      A* to = x.projections + k * classes * L<A> + i;
+      for (int c = 0; c < classes; ++c) to[c * L<A>] = from[c];
+    }
+    read_target(a, tokens[i], x.target + i, L<A>);
+    if (a.loss == TokenLoss::cross_entropy) {
+      int64_t label = tokens[i].label;
+      x.label[i] = label >= 0 && label < classes ? A(label) : A(-1);
+    }
+  }
+}
+
+// make_logits; 0 in lanes that hold no token, whatever the bias, so that their gradients are 0.
+template <typename A>
+__attribute__((noinline)) void logits_across(const Counterfactual& a, const Scratch<A>& s, int there) {
+  const Across<A>& x = s.across;
+  int members = int(a.members), row = int(a.classes) * L<A>;
+  auto held = iota<A>() < A(there);
+  for (int c = 0; c < a.classes; ++c) {
+    const A* p = x.projections + c * L<A>;
+    A* y = x.logits + c * L<A>;
+    Vec<A> behind = {};
+    for (int k = members - 1; k >= 0; --k) {
+      store(y + (k + 1) * row, behind);
+      behind += load(x.weights + k * L<A>) * load(p + k * row);
+    }
+    Vec<A> before = held ? splat(s.bias[c]) : Vec<A>{};
+    for (int k = 0; k < members; ++k) {
+      store(y + (k + 1) * row, load(y + (k + 1) * row) + before);
+      before += load(x.weights + k * L<A>) * load(p + k * row);
+    }
+    store(y, before);
+  }
+}
+
+// The sum of step(c) over the classes, where c is where a class begins.
+template <typename A, typename Step>
+TF_INLINE Vec<A> total_across(int classes, Step step) {
+  Vec<A> sums = {};
+  for (int c = 0; c < classes; ++c) sums += step(c * L<A>);
+  return sums;
+}
+
+// `peak` of each lane.
+template <typename A>
+TF_INLINE Vec<A> peak_across(const A* y, int classes) {
+  Vec<A> most = load(y);
+  for (int c = 1; c < classes; ++c) {
+    Vec<A> z = load(y + c * L<A>);
+    most = most > z ? most : z;
+  }
+  return most - most == 0 ? most : Vec<A>{};
+}
+
+// `Angle` of each lane.
+template <typename A>
+struct AngleAcross {
+  Vec<A> yy, tt, yt, norms;
+
+  TF_INLINE AngleAcross(const A* y, const A* t, int classes) {
+    yy = total_across<A>(classes, [&](int c) TF_LAMBDA { return load(y + c) * load(y + c); });
+    tt = total_across<A>(classes, [&](int c) TF_LAMBDA { return load(t + c) * load(t + c); });
+    yt = total_across<A>(classes, [&](int c) TF_LAMBDA { return load(y + c) * load(t + c); });
+    norms = root(yy) * root(tt);
+  }
+  TF_INLINE Vec<A> divisor() const { return norms < A(1e-8) ? splat(A(1e-8)) : norms; }
+};
+
+// token_losses, into `results`.
+template <typename A>
+__attribute__((noinline)) void losses_across(const Counterfactual& a, const Scratch<A>& s) {
+  const Across<A>& x = s.across;
+  int classes = int(a.classes), rows = int(a.members) + 1;
+  const A* t = x.target;
+  A each = 1 / A(classes);
+  auto by_row = [&](auto loss) TF_LAMBDA {
+    for (int i = 0; i < rows; ++i) store(x.results + i * L<A>, loss(x.logits + i * classes * L<A>));
+  };
+  auto mean = [&](auto loss) TF_LAMBDA {
+    by_row([&](const A* y) TF_LAMBDA {
+      return each * total_across<A>(classes, [&](int c) TF_LAMBDA { return loss(load(y + c), load(t + c)); });
+    });
+  };
+  switch (a.loss) {
+    case TokenLoss::cross_entropy:
+      return by_row([&](const A* y) TF_LAMBDA {
+        Vec<A> top = peak_across(y, classes), label = load(x.label), sums = {}, picked = splat(A(NAN));
+        for (int c = 0; c < classes; ++c) {
+          Vec<A> z = load(y + c * L<A>);
+          sums += exp(z - top);
+          picked = label == A(c) ? z : picked;
+        }
+        return top - picked + log(sums);
+      });
+    case TokenLoss::l1:
+      return mean([](Vec<A> y, Vec<A> t) TF_LAMBDA { return magnitude<A>(y - t); });
+    case TokenLoss::mse:
+      return mean([](Vec<A> y, Vec<A> t) TF_LAMBDA { return (y - t) * (y - t); });
+    case TokenLoss::bce:
+      return mean([](Vec<A> y, Vec<A> t) TF_LAMBDA {
+        return (y < 0 ? Vec<A>{} : y) - y * t + log1p<A>(exp(-magnitude<A>(y)));
+      });
+    case TokenLoss::cosine:
+      return by_row([&](const A* y) TF_LAMBDA {
+        AngleAcross<A> angle(y, t, classes);
+        return 1 - angle.yt / angle.divisor();
+      });
+  }
+}
+
+// token_gradients: each row of logits becomes its own gradient; adds the target's if `to_target`.
+template <typename A>
+__attribute__((noinline)) void gradients_across(const Counterfactual& a, const Scratch<A>& s, const bool* absent,
+                                                bool to_target) {
+  const Across<A>& x = s.across;
+  int classes = int(a.classes);
+  const A* t = x.target;
+  for (int i = 0; i <= a.members; ++i) {
+    A* y = x.logits + i * classes * L<A>;
+    auto each = [&](auto step) TF_LAMBDA {
+      for (int c = 0; c < classes * L<A>; c += L<A>) store(y + c, step(c, load(y + c)));
+    };
+    auto add_to_target = [&](int c, Vec<A> d) TF_LAMBDA {
+      if (to_target) store(x.grad_target + c, load(x.grad_target + c) + d);
+    };
+    if (absent[i]) {
+      each([&](int, Vec<A>) TF_LAMBDA { return Vec<A>{}; });
+      continue;
+    }
+    Vec<A> g = load(x.grads + i * L<A>), share = g / A(classes), zero = {};
+    switch (a.loss) {
+      case TokenLoss::cross_entropy: {
+        Vec<A> top = peak_across(y, classes), label = load(x.label), norm = {};
+        each([&](int, Vec<A> z) TF_LAMBDA {
+          Vec<A> e = exp(z - top);
+          norm += e;
+          return e;
+        });
+        Vec<A> scale = label < 0 ? splat(A(NAN)) : g / norm;
+        each([&](int c, Vec<A> e) TF_LAMBDA { return scale * e - (label == A(c / L<A>) ? g : zero); });
+        break;
+      }
+      case TokenLoss::l1:
+        each([&](int c, Vec<A> z) TF_LAMBDA {
+          Vec<A> d = z - load(t + c);
+          Vec<A> one = (d > 0 ? share : zero) - (d < 0 ? share : zero);
+          add_to_target(c, -one);
+          return one;
+        });
+        break;
+      case TokenLoss::mse:
+        each([&](int c, Vec<A> z) TF_LAMBDA {
+          Vec<A> d = 2 * share * (z - load(t + c));
+          add_to_target(c, -d);
+          return d;
+        });
+        break;
+      case TokenLoss::bce:
+        each([&](int c, Vec<A> z) TF_LAMBDA {
+          Vec<A> e = exp(-magnitude<A>(z));
+          add_to_target(c, -share * z);
+          return share * ((z < 0 ? e : splat(A(1))) / (1 + e) - load(t + c));
+        });
+        break;
+      case TokenLoss::cosine: {
+        AngleAcross<A> angle(y, t, classes);
+        Vec<A> level = angle.norms < A(1e-8) ? zero : angle.yt / angle.norms;
+        Vec<A> along_y = level == 0 ? zero : g * level / angle.yy, along_t = level == 0 ? zero : g * level / angle.tt;
+        Vec<A> scale = -g / angle.divisor();
+        each([&](int c, Vec<A> z) TF_LAMBDA {
+          add_to_target(c, scale * z + along_t * load(t + c));
+          return scale * load(t + c) + along_y * z;
+        });
+        break;
+      }
+    }
+  }
+}
+
 template <typename S>
 void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) {
   using A = acc_t<S>;
   Scratch<A> s = laid_out<A>(a, memory);
   int64_t members = a.members;
   A losses[kMaxExperts + 1];
-  auto write = [&](int64_t index, auto value) TF_LAMBDA {
+  bool few = counterfactual_few(a);
+  auto write = [&](int64_t index, int64_t b, int64_t n, auto value) TF_LAMBDA {
     ((A*)a.full)[index] = value(0);
-    A* without = (A*)a.without + index / a.tokens * members * a.tokens + index % a.tokens;
+    A* without = (A*)a.without + b * members * a.tokens + n;
     for (int64_t k = 0; k < members; ++k) without[k * a.tokens] = value(k + 1);
   };
   Token<A> tokens[32];
   const A* rows[kMostRows + kTileRows];
   for (int64_t next = begin; next < end;) {
-    int count = read_tile<S>(a, s, next, end, false, true, false, tokens, rows, [&](int64_t index) TF_LAMBDA {
-      write(index, [](int64_t) TF_LAMBDA { return A(0); });
+    auto skip = [&](int64_t index, int64_t b, int64_t n) TF_LAMBDA {
+      write(index, b, n, [](int64_t) TF_LAMBDA { return A(0); });
       if (a.kept)
         for (int64_t c = 0; c < members * a.classes; ++c) ((A*)a.kept)[index * members * a.classes + c] = 0;
-    });
-    for (int i = 0; i < count; ++i) {
-      if (a.kept)
+    };
+    int count = read_tile<S>(a, s, next, end, false, true, false, tokens, rows, skip);
+    if (a.kept)
+      for (int i = 0; i < count; ++i)
         for (int64_t k = 0; k < members; ++k) {
           const A* from = s.projections + (i * members + k) * s.stride;
           A* to = (A*)a.kept + (tokens[i].index * members + k) * a.classes;
@@ -455,10 +681,25 @@ void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) 
             put(to, c, get(from, c, part, n), part, n);
           });
         }
-      read_target(a, tokens[i], s.target);
+    if (few) {
+      for (int i = 0; i < count; i += L<A>) {
+        int there = smaller(L<A>, count - i);
+        read_across(a, s, tokens + i, there, s.projections + i * members * s.stride);
+        logits_across(a, s, there);
+        losses_across(a, s);
+        for (int lane = 0; lane < there; ++lane) {
+          const Token<A>& token = tokens[i + lane];
+          write(token.index, token.b, token.n,
+                [&](int64_t row) TF_LAMBDA { return s.across.results[row * L<A> + lane]; });
+        }
+      }
+      continue;
+    }
+    for (int i = 0; i < count; ++i) {
+      read_target(a, tokens[i], s.target, 1);
       make_logits(a, s, tokens[i], s.projections + i * members * s.stride);
       token_losses(a, s, tokens[i], losses);
-      write(tokens[i].index, [&](int64_t row) TF_LAMBDA { return losses[row]; });
+      write(tokens[i].index, tokens[i].b, tokens[i].n, [&](int64_t row) TF_LAMBDA { return losses[row]; });
     }
   }
 }
@@ -488,6 +729,62 @@ TF_INLINE void join_gradients(const CounterfactualBackward& a, const Scratch<A>&
   }
   if (a.grad_weights)
     for (int k = 0; k < members; ++k) ((A*)a.grad_weights)[token.index * members + k] = sum(dots[k]);
+}
+
+// The gradients of a token's losses, as far as there are any, `apart` elements apart in `out`.
+template <typename A>
+TF_INLINE void read_grads(const CounterfactualBackward& a, const Token<A>& token, A* out, int64_t apart) {
+  const Small &full = a.grad_full, &without = a.grad_without;
+  if (full.data) out[0] = at<A>(full, token.b * full.stride[0] + token.n * full.stride[1]);
+  if (without.data)
+    for (int64_t k = 0; k < a.inputs.members; ++k)
+      out[(k + 1) * apart] =
+          at<A>(without, token.b * without.stride[0] + k * without.stride[1] + token.n * without.stride[2]);
+}
+
+// The same of up to L tokens, one in each lane, with all that leads there.
+template <typename A>
+__attribute__((noinline)) void backward_across(const CounterfactualBackward& a, const Scratch<A>& s,
+                                               const Token<A>* tokens, int there, const bool* absent, A* projections) {
+  const Counterfactual& in = a.inputs;
+  const Across<A>& x = s.across;
+  int members = int(in.members), classes = int(in.classes), row = classes * L<A>;
+  read_across(in, s, tokens, there, projections);
+  for (int k = 0; k <= members; ++k) store(x.grads + k * L<A>, Vec<A>{});
+  for (int i = 0; i < there; ++i) read_grads(a, tokens[i], x.grads + i, L<A>);
+  if (a.grad_target)
+    for (int c = 0; c < row; c += L<A>) store(x.grad_target + c, Vec<A>{});
+  logits_across(in, s, there);
+  gradients_across(in, s, absent, a.grad_target != nullptr);
+  for (int k = 0; k < members; ++k) store(x.results + k * L<A>, Vec<A>{});
+  for (int c = 0; c < row; c += L<A>) {
+    const A* g = x.logits + c;
+    Vec<A> rest[kMaxExperts], behind = {};
+    for (int k = members - 1; k >= 0; --k) {
+      rest[k] = behind;
+      behind += load(g + (k + 1) * row);
+    }
+    Vec<A> before = load(g);
+    for (int k = 0; k < members; ++k) {
+      Vec<A> others = before + rest[k];
+      A* p = x.projections + k * row + c;
+      store(x.results + k * L<A>, load(x.results + k * L<A>) + load(p) * others);
+      store(p, load(x.weights + k * L<A>) * others);
+      before += load(g + (k + 1) * row);
+    }
+    store(x.bias_sums + c, load(x.bias_sums + c) + before);
+  }
+  for (int i = 0; i < there; ++i) {
+    int64_t index = tokens[i].index;
+    for (int k = 0; k < members; ++k) {
+      const A* from = x.projections + k * row + i;
+      A* to = projections + (i * members + k) * s.stride;
+      for (int c = 0; c < classes; ++c) to[c] = from[c * L<A>];
+      if (a.grad_weights) ((A*)a.grad_weights)[index * members + k] = x.results[k * L<A> + i];
+    }
+    if (a.grad_target)
+      for (int c = 0; c < classes; ++c) ((A*)a.grad_target)[index * classes + c] = x.grad_target[c * L<A> + i];
+  }
 }
 
 // dF = dP W for those rows of the tile that somebody needs.
@@ -560,13 +857,13 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   const Counterfactual& in = a.inputs;
   Scratch<A> s = laid_out<A>(in, memory);
   int64_t members = in.members, classes = in.classes, tokens_in_all = in.batch * in.tokens;
-  bool recall = in.kept != nullptr;
+  bool recall = in.kept != nullptr, few = counterfactual_few(in);
   int64_t length = in.projected ? classes : in.width;
   auto clear = [](A* p, int64_t count) TF_LAMBDA {
     for (int64_t i = 0; i < count; ++i) p[i] = 0;
   };
-  auto skip = [&](int64_t index) TF_LAMBDA {
-    int64_t offset = index / in.tokens * a.grad_stride[0] + index % in.tokens * a.grad_stride[1];
+  auto skip = [&](int64_t index, int64_t b, int64_t n) TF_LAMBDA {
+    int64_t offset = b * a.grad_stride[0] + n * a.grad_stride[1];
     for (int64_t k = 0; k < members; ++k)
       if (a.grad_features[k])
         along<A>(length, [&](int64_t d, auto part, int n) TF_LAMBDA {
@@ -584,20 +881,18 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
     A* head_sums = a.head_sums ? (A*)a.head_sums + chunk * classes * in_columns(in.width) : nullptr;
     if (head_sums) clear(head_sums, classes * in_columns(in.width));
     clear(s.bias_sums, s.stride);
+    if (few) clear(s.across.bias_sums, classes * L<A>);
     int64_t stop = smaller((chunk + 1) * a.chunk, tokens_in_all);
     for (int64_t next = chunk * a.chunk; next < stop;) {
       int count = read_tile<S>(in, s, next, stop, recall, !recall || head_sums, head_sums, tokens, rows, skip);
       if (count == 0) continue;
-      for (int i = 0; i < count; ++i) {
+      for (int i = 0; few && i < count; i += L<A>)
+        backward_across(a, s, tokens + i, smaller(L<A>, count - i), absent, s.projections + i * members * s.stride);
+      for (int i = 0; !few && i < count; ++i) {
         const Token<A>& token = tokens[i];
         A* projections = s.projections + i * members * s.stride;
-        if (!absent[0])
-          grads[0] = at<A>(a.grad_full, token.b * a.grad_full.stride[0] + token.n * a.grad_full.stride[1]);
-        if (!absent[1])
-          for (int64_t k = 0; k < members; ++k)
-            grads[k + 1] = at<A>(a.grad_without, token.b * a.grad_without.stride[0] + k * a.grad_without.stride[1] +
-                                                     token.n * a.grad_without.stride[2]);
-        read_target(in, token, s.target);
+        read_grads(a, token, grads, 1);
+        read_target(in, token, s.target, 1);
         make_logits(in, s, token, projections);
         if (a.grad_target) clear(s.grad_target, s.stride);
         token_gradients(in, s, token, grads, absent, a.grad_target != nullptr);
@@ -608,6 +903,7 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
       if (head_sums) add_to_head(in, s, rows, count * int(members), head_sums);
       write_rows<S>(a, s, tokens, count);
     }
+    for (int64_t c = 0; few && c < classes; ++c) s.bias_sums[c] = sum(load(s.across.bias_sums + c * L<A>));
     if (a.bias_sums)
       for (int64_t c = 0; c < s.stride; ++c) ((A*)a.bias_sums)[chunk * s.stride + c] = s.bias_sums[c];
   }

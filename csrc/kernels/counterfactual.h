@@ -66,16 +66,25 @@ struct CounterfactualPack {
   void* columns;                 // in columns of D
 };
 
+// Few classes would leave most lanes of a vector over classes empty: vectors then go over tokens.
+// That also spares sums over lanes, as long as what is kept of each token fits the first cache so many times.
+inline __attribute__((always_inline)) bool counterfactual_few(const Counterfactual& a) {
+  return (2 * a.members + 4) * a.classes <= 640;
+}
+
 // Tokens that are projected together: enough rows of features for whole register tiles, few enough to stay in a cache.
-inline __attribute__((always_inline)) int64_t counterfactual_tile(int64_t members) {
-  return members >= 4 ? 8 : members >= 2 ? 16 : 32;
+// Projections of a few classes are small: there, whole vectors of tokens.
+inline __attribute__((always_inline)) int64_t counterfactual_tile(const Counterfactual& a) {
+  bool small = a.projected && counterfactual_few(a);
+  return a.members >= 4 && !small ? 8 : a.members >= 2 ? 16 : 32;
 }
 
 // Bytes of scratch that a kernel wants for itself.
 inline size_t counterfactual_scratch(const Counterfactual& a) {
-  int64_t rows = counterfactual_tile(a.members) * a.members, classes = in_whole_vectors(a.classes);
+  int64_t rows = counterfactual_tile(a) * a.members, classes = in_whole_vectors(a.classes);
   int64_t width = in_whole_vectors(a.projected ? 1 : a.width);
   int64_t elements = (rows + a.members + 5) * classes + rows * width;
+  if (counterfactual_few(a)) elements += kPad * ((2 * a.members + 4) * a.classes + 3 * a.members + 3);
   return size_t(elements) * (a.type == Type::f64 ? 8 : 4);
 }
 

@@ -341,7 +341,10 @@ TF_INLINE vdouble root(vdouble x) {
 
 TF_INLINE vfloat exp(vfloat x) {
   // x = n ln 2 + r, |r| <= ln 2 / 2; e^r by its series; 2^n in two factors, so that subnormal results come out too.
-  x = x < -104.f ? splat(-104.f) : x;
+  // Below -104 the result is 0 without arithmetic on subnormal numbers, which takes processors over a hundred cycles:
+  // -inf is common, it fills what is masked or behind a row's end.
+  vint none = (vint)(x < -104.f);
+  x = none ? vfloat{} : x;
   x = x > 89.f ? splat(89.f) : x;
   vfloat shifted = x * 0x1.715476p0f + 0x1.8p23f;  // the addition rounds to an integer
   vfloat n = shifted - 0x1.8p23f;
@@ -356,7 +359,8 @@ TF_INLINE vfloat exp(vfloat x) {
   p = (p * r * r + r) + 1.f;
   vint first = i >> 1;
   vuint low = (vuint)first + 127u, high = (vuint)i - (vuint)first + 127u;
-  return p * (vfloat)(low << 23) * (vfloat)(high << 23);
+  vfloat result = p * (vfloat)(low << 23) * (vfloat)(high << 23);
+  return none ? vfloat{} : result;
 }
 
 TF_INLINE vfloat log(vfloat x) {
