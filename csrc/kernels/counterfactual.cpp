@@ -16,6 +16,7 @@
 
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
+namespace {
 
 constexpr int kMostRows = 16 * kMaxExperts;   // of one tile, see counterfactual_tile
 constexpr int64_t kDepth = 1024;              // of one pass of a product, so that its panel stays in the second cache
@@ -909,6 +910,8 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   }
   fence();
 }
+
+}  // namespace
 
 void counterfactual(const Counterfactual& a, int64_t begin, int64_t end, void* scratch) {
   by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end, scratch); });
