@@ -66,10 +66,10 @@ struct CounterfactualPack {
   void* columns;                 // in columns of D
 };
 
-// Few classes would leave most lanes of a vector over classes empty: vectors then go over tokens.
-// That also spares sums over lanes, as long as what is kept of each token fits the first cache so many times.
+// Few classes would leave most lanes of a vector over classes empty: vectors then go over tokens. cross_entropy is
+// faster so with more classes too, as long as what it keeps of each token fits the first cache so many times.
 inline __attribute__((always_inline)) bool counterfactual_few(const Counterfactual& a) {
-  return (2 * a.members + 4) * a.classes <= 640;
+  return a.classes <= 16 || (a.loss == TokenLoss::cross_entropy && (2 * a.members + 4) * a.classes <= 640);
 }
 
 // Tokens that are projected together: enough rows of features for whole register tiles, few enough to stay in a cache.
