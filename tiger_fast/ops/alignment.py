@@ -72,9 +72,7 @@ class _CausalTarget(torch.autograd.Function):
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool
-    ) -> Tensor:
+    def forward(ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool) -> Tensor:
         ctx.set_materialize_grads(False)
         ctx.settings = tau, eps
         loss, counted, slopes = torch.ops.tiger_fast.alignment_loss(delta, weights, tau, eps, mask, keep)
