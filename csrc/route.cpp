@@ -19,8 +19,7 @@ struct Packed {
 
 // t (..., C) as a dense tensor (..., padded C) of `type`, filled up with zeros.
 Tensor padded(const Tensor& t, ScalarType type) {
-  Sizes sizes, strides;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  Sizes sizes = sizes_of(t), strides;
   int64_t columns = sizes.back();
   bool ready = t.scalar_type() == type && columns % kRoutePad == 0 && t.is_contiguous();
   if (ready) return t;
@@ -35,8 +34,7 @@ Tensor padded(const Tensor& t, ScalarType type) {
 
 // (b0 + shift) / sqrt(D).
 Tensor conditions_of(const Tensor& shift, const std::optional<Tensor>& base_bias, ScalarType type, double root) {
-  Sizes sizes;
-  for (int64_t i = 0; i < shift.dim(); ++i) sizes.push_back(shift.size(i));
+  Sizes sizes = sizes_of(shift);
   int64_t width = sizes.back();
   Tensor made = allocate(sizes, type);
   Small from = small(shift), bias = base_bias ? small(*base_bias) : Small{};
@@ -125,8 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor query, std::vector<Tenso
 
 // A sum of the accumulator type, (..., padded C) with its columns first, as a dense tensor like `t`.
 Tensor shaped(const Tensor& sum, const Tensor& t, const Sizes& strides) {
-  Sizes sizes;
-  for (int64_t i = 0; i < t.dim(); ++i) sizes.push_back(t.size(i));
+  Sizes sizes = sizes_of(t);
   Tensor made = allocate(sizes, t.scalar_type());
   torch::stable::copy_(made, view(sum, sizes, strides));
   return made;

@@ -57,7 +57,7 @@ TF_INLINE const S* row_of(const RowGrid& grid, const RowOperand& x, int64_t row)
   return (const S*)x.data + offset_of(grid, x, row);
 }
 
-// dst += row, or nothing if dst is null
+// Adds x to dst at d, or nothing if dst is null.
 template <typename A, typename Partial>
 TF_INLINE void add(A* dst, int64_t d, Vec<A> x, Partial partial, int n) {
   if (dst) put(dst, d, get(dst, d, partial, n) + x, partial, n);

@@ -302,13 +302,6 @@ TF_INLINE double sum(vdouble x) {
 #endif
 }
 
-template <typename A>
-TF_INLINE A highest(Vec<A> x) {
-  A best = x[0];
-  for (int i = 1; i < L<A>; ++i) best = x[i] > best || x[i] != x[i] ? x[i] : best;
-  return best;
-}
-
 // ---- square root
 
 TF_INLINE vfloat root(vfloat x) {
