@@ -66,13 +66,14 @@ def cells(op: str) -> list[tuple[Sizes, dict[str, Any]]]:
         if op.startswith("counterfactual"):
             keywords["loss"] = LOSSES[number % len(LOSSES)]
         if op == "leave_one_out":
-            keywords["renormalize"] = bool(number % 2)
+            # Of two experts the other's share is 1 whatever the weights: their gradient is rounding, nothing to compare.
+            keywords["renormalize"] = bool(number % 2) and members != 2
         found.append((sizes, keywords))
     return found
 
 
 def measure(op: str, sizes: Sizes, keywords: Mapping[str, Any], direction: str) -> Row:
-    """Ours against the reference in one cell; a cell that looks slower is measured twice."""
+    """Ours against the reference in one cell; a cell that looks slower is measured again."""
     case = Case(op, sizes, **keywords)
     calls = {
         name: case.call(case.function(b), direction) for name, b in (("ours", ours(op)), ("reference", "reference"))
@@ -85,7 +86,9 @@ def measure(op: str, sizes: Sizes, keywords: Mapping[str, Any], direction: str) 
         return timing.compare(calls, ours="ours", reference="reference", tolerance=TOLERANCE, plan=plan, enough=clear)
 
     row = compared(FIRST)
-    return compared(SECOND) if slower(row) else row
+    # Seven rounds give an interval from the lowest to the highest: what only looks slower gets more of them, too.
+    found = row.ratios.get("reference")
+    return compared(SECOND) if found is not None and found.value < 1 else row
 
 
 def slower(row: Row) -> bool:
@@ -107,16 +110,17 @@ def run(ops: Sequence[str]) -> dict[str, Any]:
                 skipped.append({**place, "bytes": size})
                 continue
             row = measure(op, sizes, keywords, direction)
-            measured.append(
-                {
-                    **place,
-                    "bytes": size,
-                    "slower": slower(row),
-                    "refused": row.refused,
-                    "timings": {name: value.summary() for name, value in row.timings.items()},
-                    "ratio": asdict(row.ratios["reference"]) if row.ratios else None,
-                }
-            )
+            cell = {
+                **place,
+                "bytes": size,
+                "slower": slower(row),
+                "refused": row.refused,
+                "timings": {name: value.summary() for name, value in row.timings.items()},
+                "ratio": asdict(row.ratios["reference"]) if row.ratios else None,
+            }
+            measured.append(cell)
+            for line in _complaints(cell):
+                print(line, file=sys.stderr, flush=True)
         print(f"{op}: {time.monotonic() - begin:.0f} s", file=sys.stderr, flush=True)
     return {"cells": measured, "skipped": skipped}
 
@@ -125,9 +129,7 @@ def report(result: Mapping[str, Any], worst: int = 10) -> str:
     """What was skipped, what disagrees, what is slower, and the worst ratios of each op and direction."""
     lines = [f"skipped, {c['bytes'] / 1e9:.1f} GB: {c['name']}" for c in result["skipped"]]
     found = result["cells"]
-    for cell in found:
-        lines += [f"{why} ({which}): {cell['name']}" for which, why in cell["refused"].items()]
-    lines += [f"SLOWER {_times(cell)}: {cell['name']}" for cell in found if cell["slower"]]
+    lines += [line for cell in found for line in _complaints(cell)]
     lines += ["", "| op | direction | cells | slower | worst ratio | median | best |", "|---|---|---|---|---|---|---|"]
     rated = [cell for cell in found if cell["ratio"]]
     for key, group in itertools.groupby(
@@ -141,6 +143,11 @@ def report(result: Mapping[str, Any], worst: int = 10) -> str:
     lines += ["", f"The {worst} lowest ratios (reference / ours):"]
     lines += [f"{_times(c)}: {c['name']}" for c in sorted(rated, key=lambda c: c["ratio"]["value"])[:worst]]
     return "\n".join(lines)
+
+
+def _complaints(cell: Mapping[str, Any]) -> list[str]:
+    lines = [f"{why} ({which}): {cell['name']}" for which, why in cell["refused"].items()]
+    return [*lines, f"SLOWER {_times(cell)}: {cell['name']}"] if cell["slower"] else lines
 
 
 def _times(cell: Mapping[str, Any]) -> str:

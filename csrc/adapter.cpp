@@ -64,7 +64,8 @@ struct Adapter {
     AdapterIn a = in;
     a.out = y.mutable_data_ptr();
     auto kernel = TF_KERNEL(adapter_in);
-    parallel(rows, grain_of(channels * 4), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+    parallel(rows, grain_of(channels * 4), row_scratch(x, 1, channels),
+             [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
     return y;
   }
 
@@ -97,7 +98,8 @@ std::tuple<Tensor, Tensor> adapter(Tensor x, Tensor norm_in_weight, Tensor norm_
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, op.width);
   auto kernel = TF_KERNEL(adapter_out);
-  parallel(op.rows, grain_of(op.width * 8), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(op.rows, grain_of(op.width * 8), row_scratch(x, 1, op.width),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {out, gate};
 }
 
@@ -126,13 +128,13 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   expect("gate", gate, {op.rows, op.width}, op.type);
   STD_TORCH_CHECK(gate.is_contiguous(), "gate must be as the forward op returned it");
   grad = with_dense_rows(grad);
-  auto need = [&](int64_t bit) { return bool(needs >> bit & 1); };
+  auto need = [&](int64_t bit) { return needed(needs, bit); };
   bool into_y = need(kX) || need(kNormInWeight) || need(kNormInBias);
-  Chunks chunks(op.rows);
+  Chunks chunks(op.rows, 4 * op.width + 2 * op.channels);
   std::vector<Tensor> partial(9);
   auto sums = [&](int64_t bit, int64_t width) -> void* {
     if (!need(bit)) return nullptr;
-    partial[size_t(bit)] = allocate({chunks.count, width}, op.wide);
+    partial[size_t(bit)] = allocate({chunks.count, in_whole_vectors(width)}, op.wide);
     return partial[size_t(bit)].mutable_data_ptr();
   };
 
@@ -155,8 +157,8 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   b.grad_weight = sums(kNormOutWeight, op.width);
   b.grad_bias = sums(kNormOutBias, op.width);
   auto out_kernel = TF_KERNEL(adapter_out_backward);
-  parallel(chunks.count, grain_of(chunks.size * op.width * 16),
-           [&](int64_t begin, int64_t end) { out_kernel(b, begin, end); });
+  parallel(chunks.count, grain_of(chunks.size * op.width * 16), row_scratch(x, 2, op.width),
+           [&](int64_t begin, int64_t end, void* scratch) { out_kernel(b, begin, end, scratch); });
 
   Tensor grad_x;
   if (into_y) {
@@ -175,14 +177,14 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
     c.grad_weight = sums(kNormInWeight, op.channels);
     c.grad_bias = sums(kNormInBias, op.channels);
     auto in_kernel = TF_KERNEL(adapter_in_backward);
-    parallel(chunks.count, grain_of(chunks.size * op.channels * 4),
-             [&](int64_t begin, int64_t end) { in_kernel(c, begin, end); });
+    parallel(chunks.count, grain_of(chunks.size * op.channels * 4), row_scratch(x, 2, op.channels),
+             [&](int64_t begin, int64_t end, void* scratch) { in_kernel(c, begin, end, scratch); });
   }
 
   std::vector<Tensor> grads;
   auto vector = [&](int64_t bit, const Tensor& like) {
     if (!need(bit)) return;
-    Tensor total = summed(partial[size_t(bit)], 1, like.size(0), chunks, false, op.rows);
+    Tensor total = summed(partial[size_t(bit)], 1, in_whole_vectors(like.size(0)), chunks, false, op.rows);
     grads.push_back(converted(view(total, {like.size(0)}, {1}), like.scalar_type()));
   };
   auto matrix = [&](int64_t bit, const Tensor& left, const Tensor& like) {

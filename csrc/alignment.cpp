@@ -127,15 +127,15 @@ std::vector<Tensor> alignment_loss_backward(Tensor grad, Tensor delta, Tensor we
     STD_TORCH_CHECK(slopes->is_contiguous(), "slopes must be as the forward op returned them");
     Sizes strides;
     for (int64_t i = 0; i < slopes->dim(); ++i) strides.push_back(slopes->stride(i));
-    Tensor scaled = summed(*slopes, 1, slopes->numel(), Chunks(1), false, 1, a.scale);
+    Tensor scaled = summed(*slopes, 1, slopes->numel(), Chunks(1, 1), false, 1, a.scale);
     return {converted(view(scaled, sizes_of(weights), strides), weights.scalar_type())};
   }
   std::vector<Tensor> grads;
-  if (needs & 1) {
+  if (needed(needs, 0)) {
     grads.push_back(allocate(sizes_of(delta), delta.scalar_type()));
     a.grad_delta = grads.back().mutable_data_ptr();
   }
-  if (needs & 2) {
+  if (needed(needs, 1)) {
     grads.push_back(allocate(sizes_of(delta), weights.scalar_type()));
     a.grad_weights = grads.back().mutable_data_ptr();
   }

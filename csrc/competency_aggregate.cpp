@@ -50,7 +50,8 @@ std::tuple<Tensor, Tensor> competency_aggregate(std::vector<Tensor> experts, Ten
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, a.width);
   auto kernel = TF_KERNEL(competency_aggregate);
-  parallel(a.batch * a.tokens, grain_of(work(a)), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(a.batch * a.tokens, grain_of(work(a)), row_scratch(out, 1, a.width),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {out, weights};
 }
 
@@ -69,11 +70,11 @@ std::vector<Tensor> competency_aggregate_backward(std::optional<Tensor> grad, st
   weights = torch::stable::contiguous(weights);
   in.weights = weights.const_data_ptr();
   int64_t members = in.members;
-  auto need = [&](int64_t bit) { return bool(needs >> bit & 1); };
+  auto need = [&](int64_t bit) { return needed(needs, bit); };
   bool confidences = need(members) || need(members + 1);
   if (grad_weights) expect("grad_weights", *grad_weights, {in.batch, members});
 
-  Chunks chunks(in.batch * in.tokens);
+  Chunks chunks(in.batch * in.tokens, 2 * in.width);
   std::vector<Tensor> grads;
   Tensor sums_weight, sums_bias, sums_mixture, mixture;
   if (grad) {
@@ -93,11 +94,11 @@ std::vector<Tensor> competency_aggregate_backward(std::optional<Tensor> grad, st
       data = made.mutable_data_ptr();
     };
     partial(confidences, chunks.count + in.batch, members, sums_mixture, a.mixture);
-    partial(need(members + 2), chunks.count, in.width, sums_weight, a.norm_weight);
-    partial(need(members + 3), chunks.count, in.width, sums_bias, a.norm_bias);
+    partial(need(members + 2), chunks.count, in_whole_vectors(in.width), sums_weight, a.norm_weight);
+    partial(need(members + 3), chunks.count, in_whole_vectors(in.width), sums_bias, a.norm_bias);
     auto kernel = TF_KERNEL(competency_aggregate_backward);
-    parallel(chunks.count, grain_of(chunks.size * work(in)),
-             [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+    parallel(chunks.count, grain_of(chunks.size * work(in)), row_scratch(*grad, 2, in.width),
+             [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
     if (confidences) mixture = summed(sums_mixture, in.batch, members, chunks, true, in.tokens);
   } else {
     int64_t others = (int64_t(1) << members) - 1 + (int64_t(3) << (members + 2));
@@ -121,7 +122,7 @@ std::vector<Tensor> competency_aggregate_backward(std::optional<Tensor> grad, st
     }
   }
   auto norm = [&](const Tensor& sums, const Tensor& like) {
-    Tensor total = summed(sums, 1, in.width, chunks, false, in.tokens);
+    Tensor total = summed(sums, 1, in_whole_vectors(in.width), chunks, false, in.tokens);
     grads.push_back(converted(view(total, {in.width}, {1}), like.scalar_type()));
   };
   if (need(members + 2)) norm(sums_weight, norm_weight);

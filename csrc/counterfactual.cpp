@@ -1,7 +1,4 @@
 // Counterfactual losses (TIGER eq. 8): checks, memory and threads around the kernels of the same name.
-#include <algorithm>
-#include <cstdlib>
-#include <new>
 #include <tuple>
 
 #include "host.h"
@@ -10,21 +7,6 @@ namespace tiger_fast {
 namespace {
 
 using Optional = std::optional<Tensor>;
-
-// A thread's own working memory.
-class Scratch {
- public:
-  explicit Scratch(size_t bytes) {
-    if (posix_memalign(&data_, 64, bytes)) throw std::bad_alloc();
-  }
-  ~Scratch() { std::free(data_); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
-  void* data() const { return data_; }
-
- private:
-  void* data_ = nullptr;
-};
 
 // What the kernels are handed, and the tensors behind it that the caller does not hold.
 struct Inputs {
@@ -135,12 +117,9 @@ std::tuple<Tensor, Tensor> losses(Inputs in) {
   Tensor without = allocate({a.batch, a.members, a.tokens}, type);
   a.full = full.mutable_data_ptr();
   a.without = without.mutable_data_ptr();
-  size_t bytes = counterfactual_scratch(a);
   auto kernel = TF_KERNEL(counterfactual);
-  parallel(in.count(), grain_of(in.work()), [&](int64_t begin, int64_t end) {
-    Scratch scratch(bytes);
-    kernel(a, begin, end, scratch.data());
-  });
+  parallel(in.count(), grain_of(in.work()), TF_KERNEL(counterfactual_scratch)(a),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {full, without};
 }
 
@@ -173,7 +152,7 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     a.grad_stride[0] = of.members * of.tokens * of.classes, a.grad_stride[1] = of.classes;
   } else if (!of.projected) {
     for (int64_t k = 0; k < of.members; ++k)
-      if (wanted.features >> k & 1) {
+      if (needed(wanted.features, k)) {
         found.push_back(allocate({of.batch, of.tokens, of.width}, like.scalar_type()));
         a.grad_features[k] = found.back().mutable_data_ptr();
         a.past_caches = past_caches(found.back(), of.width);
@@ -198,14 +177,8 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     grad_target = allocate({of.batch, of.tokens, of.classes}, type);
     a.grad_target = grad_target.mutable_data_ptr();
   }
-  // Sums over tokens, by chunks that the sizes alone decide: enough to feed the threads, few enough for the memory.
-  int64_t count = in.count(), head_size = of.classes * in_columns(of.width), bias_size = in_whole_vectors(of.classes);
-  Chunks chunks(count);
-  constexpr int64_t kMost = int64_t(8) << 20, kFewest = 4, kSmallest = 128;  // elements; chunks; tokens
-  int64_t most = wanted.head && head_size ? kMost / head_size : 64;
-  most = most < kFewest ? kFewest : most;
-  chunks.size = std::max({chunks.size, kSmallest, (count + most - 1) / most});
-  chunks.count = (count + chunks.size - 1) / chunks.size;
+  int64_t head_size = of.classes * in_columns(of.width), bias_size = in_whole_vectors(of.classes);
+  Chunks chunks(in.count(), (wanted.head ? head_size : 0) + bias_size);
   a.chunk = chunks.size;
   Tensor head_sums, bias_sums;
   if (wanted.head) {
@@ -217,12 +190,9 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     a.bias_sums = bias_sums.mutable_data_ptr();
   }
   a.inputs = of;
-  size_t bytes = counterfactual_scratch(of);
   auto kernel = TF_KERNEL(counterfactual_backward);
-  parallel(chunks.count, grain_of(in.work() * chunks.size), [&](int64_t begin, int64_t end) {
-    Scratch scratch(bytes);
-    kernel(a, begin, end, scratch.data());
-  });
+  parallel(chunks.count, grain_of(in.work() * chunks.size), TF_KERNEL(counterfactual_scratch)(of),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   if (wanted.weights) found.push_back(converted(grad_weights, weights.scalar_type()));
   if (wanted.head) {
     Tensor total = summed(head_sums, 1, head_size, chunks, false, of.tokens);
@@ -244,8 +214,6 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
   if (wanted.target) found.push_back(converted(grad_target, target.scalar_type()));
   return found;
 }
-
-bool bit(int64_t needs, int64_t i) { return needs >> i & 1; }
 
 // With `keep` the third is P (B, N, M, C), for the backward; else it is empty.
 std::tuple<Tensor, Tensor, Tensor> counterfactual_losses(std::vector<Tensor> experts, Tensor weights, Tensor head,
@@ -273,8 +241,8 @@ std::vector<Tensor> counterfactual_losses_backward(Optional grad_full, Optional 
                                                    int64_t ignore_index, int64_t needs) {
   int64_t members = int64_t(experts.size());
   Inputs in = describe(std::move(experts), weights, head, bias, target, loss, valid, ignore_index, kept);
-  Wanted wanted{needs & ((int64_t(1) << members) - 1), bit(needs, members), bit(needs, members + 1),
-                bit(needs, members + 2) && bias, bit(needs, members + 3) && in.a.loss != TokenLoss::cross_entropy};
+  Wanted wanted{needs & ((int64_t(1) << members) - 1), needed(needs, members), needed(needs, members + 1),
+                needed(needs, members + 2) && bias, needed(needs, members + 3) && in.a.loss != TokenLoss::cross_entropy};
   return gradients(std::move(in), grad_full, grad_without, wanted, weights, &head, bias, target);
 }
 
@@ -283,8 +251,8 @@ std::vector<Tensor> from_projections_backward(Optional grad_full, Optional grad_
                                               Tensor weights, Optional bias, Tensor target, int64_t loss,
                                               Optional valid, int64_t ignore_index, int64_t needs) {
   Inputs in = describe(projections, weights, bias, target, loss, valid, ignore_index);
-  Wanted wanted{needs & 1, bit(needs, 1), false, bit(needs, 2) && bias,
-                bit(needs, 3) && in.a.loss != TokenLoss::cross_entropy};
+  Wanted wanted{needs & 1, needed(needs, 1), false, needed(needs, 2) && bias,
+                needed(needs, 3) && in.a.loss != TokenLoss::cross_entropy};
   return gradients(std::move(in), grad_full, grad_without, wanted, weights, nullptr, bias, target);
 }
 

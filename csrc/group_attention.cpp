@@ -97,7 +97,7 @@ std::vector<Tensor> group_attention_backward(Tensor grad, Tensor q, Tensor k, Te
   Target* targets[] = {&a.grad_q, &a.grad_k, &a.grad_v};
   std::vector<Tensor> grads;
   for (int i = 0; i < 3; ++i)
-    if (needs >> i & 1) {
+    if (needed(needs, i)) {
       grads.push_back(allocate({a.inputs.batch, a.inputs.members, a.inputs.tokens, q.size(3)}, q.scalar_type()));
       *targets[i] = target(grads.back());
       a.inputs.past_caches = past_caches(grads.back(), a.inputs.head);

@@ -2,8 +2,13 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
+#if TIGER_FAST_HAS_V3_V4
+#include <cpuid.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
+#include <new>
 #include <string>
 
 #include "memory.h"
@@ -14,11 +19,18 @@ namespace {
 bool poisoned = false;
 
 #if TIGER_FAST_HAS_V3_V4
+// Two of x86-64-v3's instructions that not every compiler's __builtin_cpu_supports knows.
+bool has_lzcnt_and_movbe() {
+  unsigned a, b, c, d;
+  bool movbe = __get_cpuid(1, &a, &b, &c, &d) && c >> 22 & 1;
+  return movbe && __get_cpuid(0x80000001, &a, &b, &c, &d) && c >> 5 & 1;
+}
+
 bool has(Level wanted) {
-  __builtin_cpu_init();
   if (wanted == Level::plain) return true;
-  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2") &&
-            __builtin_cpu_supports("f16c");
+  __builtin_cpu_init();
+  bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") &&
+            __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c") && has_lzcnt_and_movbe();
   if (wanted == Level::v3) return v3;
   return v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -113,12 +125,14 @@ Tensor allocate(const Sizes& sizes, ScalarType type) {
     void* data = memory::acquire(bytes, &size);
     Sizes strides = dense_strides(sizes);
     AtenTensorHandle handle = nullptr;
-    TORCH_ERROR_CODE_CHECK(torch_from_blob(
+    AOTITorchError status = torch_from_blob(
         data, int64_t(sizes.size()), sizes.data(), strides.data(), 0,
         torch::stable::detail::to<int32_t>(torch::stable::detail::from(type)), aoti_torch_device_type_cpu(), -1, &handle,
         aoti_torch_layout_strided(), nullptr, 0,
         [](void* block, void* context) { memory::release(block, reinterpret_cast<size_t>(context)); },
-        reinterpret_cast<void*>(size)));
+        reinterpret_cast<void*>(size));
+    if (status != AOTI_TORCH_SUCCESS) memory::release(data, size);
+    TORCH_ERROR_CODE_CHECK(status);
     return Tensor(handle);
   }();
   if (poisoned && bytes) std::memset(made.mutable_data_ptr(), 0xff, bytes);
@@ -237,6 +251,16 @@ Tensor flattened(const Tensor& t) {
   if (viewable) return view(t, {batch * tokens, width}, {tokens > 1 ? t.stride(1) : t.stride(0), 1});
   // A copy, or t itself where only steps that are never taken differ from a dense tensor's.
   return view(torch::stable::contiguous(t), {batch * tokens, width}, {width, 1});
+}
+
+Scratch::Scratch(int64_t bytes) {
+  if (posix_memalign(&data_, 64, size_t(bytes))) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() { std::free(data_); }
+
+int64_t row_scratch(const Tensor& like, int64_t rows, int64_t width) {
+  return rows * in_whole_vectors(width) * int64_t(bytes_of(accumulator_type(like)));
 }
 
 Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,

@@ -80,6 +80,9 @@ void expect_between(const char* name, int64_t value, int64_t most);
 // The experts: 1 to 16 tensors (B, N, D) that agree in sizes and type.
 void expect_experts(const std::vector<Tensor>& experts);
 
+// Whether bit i of the gradients that are wanted is set.
+inline bool needed(int64_t needs, int64_t i) { return needs >> i & 1; }
+
 // ---- products, by torch's library
 
 // out = alpha * a @ b, or that added to out; two-dimensional, any strides.
@@ -89,11 +92,36 @@ Tensor flattened(const Tensor& t);
 
 // ---- threads, torch's own
 
+// A thread's working memory, on a cache line. Raises std::bad_alloc.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes);
+  ~Scratch();
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  void* data() const { return data_; }
+
+ private:
+  void* data_ = nullptr;
+};
+
 // f(begin, end) over ranges of [0, count), each at least about `grain` long.
 template <typename F>
 void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
 }
+
+// The same with `scratch` bytes of working memory for each range: f(begin, end, memory).
+template <typename F>
+void parallel(int64_t count, int64_t grain, int64_t scratch, const F& f) {
+  parallel(count, grain, [&](int64_t begin, int64_t end) {
+    Scratch memory(scratch);
+    f(begin, end, memory.data());
+  });
+}
+
+// Bytes of `rows` rows that a kernel works in (see Pieces), each of `width` of `like`'s accumulators.
+int64_t row_scratch(const Tensor& like, int64_t rows, int64_t width);
 
 // `scale` times the sums of `partial`'s slots (see Sums): (groups, size) of the accumulator type.
 Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,

@@ -21,6 +21,7 @@ LeaveOneOut describe(std::vector<Tensor>& experts, const Tensor& weights, bool r
 
 Tensor leave_one_out(std::vector<Tensor> experts, Tensor weights, bool renormalize) {
   LeaveOneOut a = describe(experts, weights, renormalize);
+  if (a.members == 1) return zeros({a.batch, a.tasks, 1, a.tokens, a.width}, experts[0].scalar_type());
   Tensor out = allocate({a.batch, a.tasks, a.members, a.tokens, a.width}, experts[0].scalar_type());
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, a.width);
@@ -40,13 +41,18 @@ std::vector<Tensor> leave_one_out_backward(Tensor grad, std::vector<Tensor> expe
   grad = with_dense_rows(grad);
   a.grad = rows(grad);
   std::vector<Tensor> grads;
+  if (in.members == 1) {  // nothing is left where it is left out, and nothing depends on it
+    if (needed(needs, 0)) grads.push_back(zeros(sizes_of(experts[0]), grad.scalar_type()));
+    if (needed(needs, 1)) grads.push_back(zeros(sizes_of(weights), weights.scalar_type()));
+    return grads;
+  }
   for (int64_t k = 0; k < in.members; ++k)
-    if (needs >> k & 1) {
+    if (needed(needs, k)) {
       grads.push_back(allocate({in.batch, in.tokens, in.width}, grad.scalar_type()));
       a.grad_experts[k] = grads.back().mutable_data_ptr();
       a.inputs.past_caches = past_caches(grads.back(), in.width);
     }
-  if (needs >> in.members & 1) {
+  if (needed(needs, in.members)) {
     grads.push_back(allocate({in.batch, in.tasks, in.tokens, in.members}, accumulator_type(grad)));
     a.grad_weights = grads.back().mutable_data_ptr();
   }

@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <new>
@@ -23,6 +24,18 @@ struct Block {
   size_t size;
 };
 
+// The machine's memory, or what the control group (a container) may use of it.
+size_t available() {
+  size_t bytes = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
+  for (const char* path : {"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"})
+    if (FILE* file = std::fopen(path, "r")) {
+      unsigned long long most = 0;
+      if (std::fscanf(file, "%llu", &most) == 1) bytes = std::min(bytes, size_t(most));
+      std::fclose(file);
+    }
+  return bytes;
+}
+
 struct Cache {
   std::mutex mutex;
   std::vector<Block> blocks;  // oldest first
@@ -38,8 +51,7 @@ struct Cache {
                       "TIGER_FAST_CACHE_MIB must be a number of mebibytes, got ", mebibytes);
       limit = size_t(asked) << 20;
     } else {
-      size_t physical = size_t(sysconf(_SC_PHYS_PAGES)) * size_t(sysconf(_SC_PAGESIZE));
-      limit = std::min(size_t(1) << 30, physical / 8);
+      limit = std::min(size_t(1) << 30, available() / 8);
     }
   }
 };
@@ -56,10 +68,11 @@ Cache& cache() {
 }
 
 #if !defined(__SANITIZE_ADDRESS__)
+// Null where the system has none.
 void* map(size_t size) {
   size_t padded = size + kHugePage;
   void* start = mmap(nullptr, padded, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (start == MAP_FAILED) throw std::bad_alloc();
+  if (start == MAP_FAILED) return nullptr;
   auto address = reinterpret_cast<uintptr_t>(start);
   uintptr_t aligned = (address + kHugePage - 1) / kHugePage * kHugePage;
   if (aligned > address) munmap(start, aligned - address);
@@ -90,8 +103,8 @@ void* acquire(size_t bytes, size_t* size) {
   Cache& c = cache();
   {
     std::lock_guard<std::mutex> lock(c.mutex);
-    // The smallest kept block that is large enough and wastes at most a quarter or a huge page; the newest of those, whose lines may
-    // still be in a cache.
+    // The smallest kept block that is large enough and wastes at most a quarter or a huge page; the newest of those,
+    // whose lines may still be in a cache.
     auto best = c.blocks.end();
     for (auto it = c.blocks.begin(); it != c.blocks.end(); ++it)
       if (it->size >= wanted && it->size <= wanted + std::max(wanted / 4, kHugePage) &&
@@ -106,7 +119,13 @@ void* acquire(size_t bytes, size_t* size) {
     }
   }
   *size = wanted;
-  return map(wanted);
+  void* made = map(wanted);
+  if (!made) {  // what is kept for later may be what is missing now
+    empty_cache();
+    made = map(wanted);
+  }
+  if (!made) throw std::bad_alloc();
+  return made;
 }
 
 void release(void* block, size_t size) {

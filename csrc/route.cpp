@@ -21,11 +21,11 @@ struct Packed {
 Tensor padded(const Tensor& t, ScalarType type) {
   Sizes sizes = sizes_of(t), strides;
   int64_t columns = sizes.back();
-  bool ready = t.scalar_type() == type && columns % kRoutePad == 0 && t.is_contiguous();
+  bool ready = t.scalar_type() == type && columns % kPad == 0 && t.is_contiguous();
   if (ready) return t;
   Sizes wide = sizes;
-  wide.back() = route_padded(columns);
-  Tensor made = columns % kRoutePad ? zeros(wide, type) : allocate(wide, type);
+  wide.back() = in_whole_vectors(columns);
+  Tensor made = columns % kPad ? zeros(wide, type) : allocate(wide, type);
   for (int64_t i = 0; i < made.dim(); ++i) strides.push_back(made.stride(i));
   Tensor inner = view(made, sizes, strides);
   torch::stable::copy_(inner, t);
@@ -89,7 +89,7 @@ Packed pack(const Tensor& query, std::vector<Tensor> experts, const Tensor& base
   p.experts = std::move(experts);
   a.v = p.v.const_data_ptr();
   a.scale = p.scale.const_data_ptr();
-  a.scale_batch = scales ? tasks * route_padded(rank) : 0;
+  a.scale_batch = scales ? tasks * in_whole_vectors(rank) : 0;
   a.conditions = p.conditions.const_data_ptr();
   a.conditions_batch = shifts ? tasks * width : 0;
   return p;
@@ -117,7 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> route(Tensor query, std::vector<Tenso
   a.weights = weights.mutable_data_ptr();
   a.past_caches = past_caches(out, a.width);
   auto kernel = TF_KERNEL(route);
-  parallel(a.batch * a.tokens, grain_of(work(a)), [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(a.batch * a.tokens, grain_of(work(a)), TF_KERNEL(route_scratch)(a),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {out, weights, base, z};
 }
 
@@ -159,10 +160,10 @@ std::vector<Tensor> route_backward(std::optional<Tensor> grad_tokens, std::optio
     expect("grad_weights", *grad_weights, small_sizes);
     b.grad_weights = small(*grad_weights);
   }
-  auto need = [&](int64_t bit) { return bool(needs >> bit & 1); };
+  auto need = [&](int64_t bit) { return needed(needs, bit); };
   STD_TORCH_CHECK(base_bias || !need(kBaseBias), "base_bias is absent, so it has no gradient");
-  int64_t count = a.batch * a.tokens, columns = route_padded(a.rank), row = route_padded(a.width);
-  Chunks chunks(count);
+  int64_t count = a.batch * a.tokens, columns = in_whole_vectors(a.rank), row = in_whole_vectors(a.width);
+  Chunks chunks(count, need(kV) ? (a.rank + a.tasks) * row : a.tasks * row);
   b.chunk = chunks.size;
 
   std::vector<Tensor> grad_experts;
@@ -203,7 +204,8 @@ std::vector<Tensor> route_backward(std::optional<Tensor> grad_tokens, std::optio
     b.grad_conditions = sum_conditions.mutable_data_ptr();
   }
   auto kernel = TF_KERNEL(route_backward);
-  parallel(chunks.count, 1, [&](int64_t begin, int64_t end) { kernel(b, begin, end); });
+  parallel(chunks.count, 1, TF_KERNEL(route_backward_scratch)(b),
+           [&](int64_t begin, int64_t end, void* scratch) { kernel(b, begin, end, scratch); });
 
   std::vector<Tensor> grads;
   if (need(kQuery)) {

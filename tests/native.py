@@ -47,11 +47,16 @@ def run(
 
 
 def random_cotangents(name: str, arguments: dict, seed: int = 1) -> list[Tensor]:
-    """One for each output, in its type."""
+    """One for each output, in its type: random, but for a mean's, which is the number of rows, so that its gradients are
+    of magnitude 1 like any other and errors in them stand out."""
     with torch.no_grad():
         outputs = call(name, arguments, backend="cpu")
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) for o in outputs]
+    rows = max(t.numel() // max(1, t.shape[-1]) for t in tensors(arguments).values() if t.dim())
+    return [
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) if o.dim() else o.new_tensor(rows)
+        for o in outputs
+    ]
 
 
 def exactly(values: object) -> object:

@@ -22,7 +22,7 @@ from tiger_fast.ops import cpu
 if not cpu.LOADED:
     pytest.skip("this installation has no compiled CPU kernels", allow_module_level=True)
 
-from native import FUNCTIONS, NATIVE_CASES, TYPES, check, random_cotangents
+from native import FUNCTIONS, NATIVE_CASES, TYPES, check, guarded, random_cotangents
 
 ops = torch.ops.tiger_fast
 IN_THE_SUITE = 100  # cases a function: about a second
@@ -81,7 +81,7 @@ LAYOUTS = {
     function.__name__: function
     for function in (
         *(dense, transposed, reversed_axes, outer_swapped, in_longer_rows, every_third_row, every_second_element),
-        *(one_sample, one_row),
+        *(one_sample, one_row, guarded),
     )
 }
 

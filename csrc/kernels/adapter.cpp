@@ -58,26 +58,17 @@ TF_INLINE const S* row_of(const RowGrid& grid, const RowOperand& x, int64_t row)
 }
 
 // Adds x to dst at d, or nothing if dst is null.
-template <typename A, typename Partial>
-TF_INLINE void add(A* dst, int64_t d, Vec<A> x, Partial partial, int n) {
-  if (dst) put(dst, d, get(dst, d, partial, n) + x, partial, n);
-}
-
-// This chunk's partial sum, cleared; null if nobody wants it.
 template <typename A>
-TF_INLINE A* cleared(void* sums, int64_t chunk, int64_t width) {
-  if (!sums) return nullptr;
-  A* mine = (A*)sums + chunk * width;
-  for (int64_t d = 0; d < width; ++d) mine[d] = 0;
-  return mine;
+TF_INLINE void add(A* dst, int64_t d, Vec<A> x) {
+  if (dst) store(dst + d, load(dst + d) + x);
 }
 
 template <typename S>
-void in_forward(const AdapterIn& a, int64_t begin, int64_t end) {
+void in_forward(const AdapterIn& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  OwnRows<A> own(1, a.width);
+  A* own = (A*)scratch;
   for (int64_t r = begin; r < end; ++r) {
-    const A* x = widened(row_of<S>(a.grid, a.x, r), a.width, own[0]);
+    const A* x = widened(row_of<S>(a.grid, a.x, r), a.width, a.width % L<A> != 0, own);
     Moments<A>(x, a.width, A(a.eps))
         .apply(x, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
@@ -85,23 +76,24 @@ void in_forward(const AdapterIn& a, int64_t begin, int64_t end) {
 }
 
 template <typename S>
-void in_backward(const AdapterInBackward& a, int64_t begin, int64_t end) {
+void in_backward(const AdapterInBackward& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
   const AdapterIn& in = a.inputs;
-  OwnRows<A> own(2, in.width);
+  Pieces pieces{scratch};
+  A *own = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* dweight = cleared<A>(a.grad_weight, chunk, in.width);
-    A* dbias = cleared<A>(a.grad_bias, chunk, in.width);
+    A* dweight = cleared<A>(a.grad_weight, chunk, in_whole_vectors(in.width));
+    A* dbias = cleared<A>(a.grad_bias, chunk, in_whole_vectors(in.width));
     int64_t last = smaller((chunk + 1) * a.chunk, in.grid.rows);
     for (int64_t r = chunk * a.chunk; r < last; ++r) {
-      const A* x = widened(row_of<S>(in.grid, in.x, r), in.width, own[0]);
+      const A* x = widened(row_of<S>(in.grid, in.x, r), in.width, in.width % L<A> != 0, own);
       Moments<A>(x, in.width, A(in.eps))
           .backward(x, (const S*)a.grad + r * in.width, (const A*)in.weight, in.width, dweight, dbias,
-                    a.grad_x ? own[1] : nullptr);
+                    a.grad_x ? dx : nullptr);
       if (!a.grad_x) continue;
       S* out = (S*)a.grad_x + r * in.width;
       along<A>(in.width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-        put(out, d, get(own[1], d, partial, n), partial, n, in.past_caches);
+        put(out, d, load(dx + d), partial, n, in.past_caches);
       });
     }
   }
@@ -116,34 +108,34 @@ TF_INLINE void add_up(const AdapterOut& a, int64_t r, acc_t<S>* out) {
   const A *linear_bias = (const A*)a.linear_bias, *gate_bias = (const A*)a.gate_bias;
   along<A>(a.width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
     Vec<A> open = gelu<A>(get(gate, d, partial, n) + get(gate_bias, d, partial, n));
-    put(out, d, get(linear, d, partial, n) + get(linear_bias, d, partial, n) + open, partial, n);
+    store(out + d, get(linear, d, partial, n) + get(linear_bias, d, partial, n) + open);
   });
 }
 
 template <typename S>
-void out_forward(const AdapterOut& a, int64_t begin, int64_t end) {
+void out_forward(const AdapterOut& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  OwnRows<A> own(1, a.width);
+  A* own = (A*)scratch;
   for (int64_t r = begin; r < end; ++r) {
-    add_up<S>(a, r, own[0]);
-    Moments<A>(own[0], a.width, A(a.eps))
-        .apply(own[0], (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
+    add_up<S>(a, r, own);
+    Moments<A>(own, a.width, A(a.eps))
+        .apply(own, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
   fence();
 }
 
 template <typename S>
-void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
+void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
   const AdapterOut& in = a.inputs;
-  OwnRows<A> own(2, in.width);
-  A *x = own[0], *dx = own[1];
+  Pieces pieces{scratch};
+  A *x = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
   const A* gate_bias = (const A*)in.gate_bias;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* dlinear_bias = cleared<A>(a.grad_linear_bias, chunk, in.width);
-    A* dgate_bias = cleared<A>(a.grad_gate_bias, chunk, in.width);
-    A* dweight = cleared<A>(a.grad_weight, chunk, in.width);
-    A* dbias = cleared<A>(a.grad_bias, chunk, in.width);
+    A* dlinear_bias = cleared<A>(a.grad_linear_bias, chunk, in_whole_vectors(in.width));
+    A* dgate_bias = cleared<A>(a.grad_gate_bias, chunk, in_whole_vectors(in.width));
+    A* dweight = cleared<A>(a.grad_weight, chunk, in_whole_vectors(in.width));
+    A* dbias = cleared<A>(a.grad_bias, chunk, in_whole_vectors(in.width));
     bool through = a.into_linear || a.into_gate || dlinear_bias || dgate_bias;
     bool open = a.into_gate || dgate_bias;
     int64_t last = smaller((chunk + 1) * a.chunk, in.rows);
@@ -157,13 +149,13 @@ void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
       S* into_linear = a.into_linear ? (S*)a.into_linear + r * in.width : nullptr;
       S* into_gate = a.into_gate ? (S*)a.into_gate + r * in.width : nullptr;
       along<A>(in.width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-        Vec<A> g = get(dx, d, partial, n);
+        Vec<A> g = load(dx + d);
         if (into_linear) put(into_linear, d, g, partial, n);
-        add(dlinear_bias, d, g, partial, n);
+        add(dlinear_bias, d, g);
         if (!open) return;
         g *= gelu_slope<A>(get(gate, d, partial, n) + get(gate_bias, d, partial, n));
         if (into_gate) put(into_gate, d, g, partial, n);
-        add(dgate_bias, d, g, partial, n);
+        add(dgate_bias, d, g);
       });
     }
   }
@@ -171,20 +163,20 @@ void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
 
 }  // namespace
 
-void adapter_in(const AdapterIn& a, int64_t begin, int64_t end) {
-  by_type(a.type, [&](auto s) { in_forward<decltype(s)>(a, begin, end); });
+void adapter_in(const AdapterIn& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.type, [&](auto s) { in_forward<decltype(s)>(a, begin, end, scratch); });
 }
 
-void adapter_in_backward(const AdapterInBackward& a, int64_t begin, int64_t end) {
-  by_type(a.inputs.type, [&](auto s) { in_backward<decltype(s)>(a, begin, end); });
+void adapter_in_backward(const AdapterInBackward& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.inputs.type, [&](auto s) { in_backward<decltype(s)>(a, begin, end, scratch); });
 }
 
-void adapter_out(const AdapterOut& a, int64_t begin, int64_t end) {
-  by_type(a.type, [&](auto s) { out_forward<decltype(s)>(a, begin, end); });
+void adapter_out(const AdapterOut& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.type, [&](auto s) { out_forward<decltype(s)>(a, begin, end, scratch); });
 }
 
-void adapter_out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end) {
-  by_type(a.inputs.type, [&](auto s) { out_backward<decltype(s)>(a, begin, end); });
+void adapter_out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.inputs.type, [&](auto s) { out_backward<decltype(s)>(a, begin, end, scratch); });
 }
 
 }  // namespace TIGER_FAST_ISA

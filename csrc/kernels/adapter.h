@@ -24,7 +24,7 @@ struct AdapterInBackward {
   const void* grad;  // (rows, C)
   int64_t chunk;     // rows in each
   void* grad_x;      // (rows, C), or null
-  // (chunks, C) partial sums of the accumulator type, or null.
+  // (chunks, C in whole vectors) partial sums of the accumulator type, or null.
   void *grad_weight, *grad_bias;
 };
 
@@ -46,7 +46,7 @@ struct AdapterOutBackward {
   RowOperand grad;  // (rows, D)
   int64_t chunk;
   void *into_linear, *into_gate;  // (rows, D), or null: the products' gradients; into_linear may be `linear` itself
-  // (chunks, D) partial sums of the accumulator type, or null.
+  // (chunks, D in whole vectors) partial sums of the accumulator type, or null.
   void *grad_linear_bias, *grad_gate_bias, *grad_weight, *grad_bias;
 };
 

@@ -100,7 +100,7 @@ TF_INLINE void read(const RowOperand& x, int members, const Walk& walk, int64_t 
     const S* first = data + walk.offsets[0];
     if (walk.even && step == members && x.member_stride == 1) {
       alignas(64) A scratch[kTile * kMaxExperts];
-      return transpose(widened(first, int64_t(count) * members, scratch), members, count, block);
+      return transpose(widened(first, int64_t(count) * members, false, scratch), members, count, block);
     }
     if (walk.even && step == 1) {
       for (int m = 0; m < members; ++m) {

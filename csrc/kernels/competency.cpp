@@ -56,43 +56,39 @@ struct Mixture {
     int64_t b = r / a.tokens, n = r % a.tokens;
     weights = (const acc_t<S>*)a.weights + b * a.members;
     for (int k = 0; k < a.members; ++k) rows[k] = row<S>(a.experts[k], b, n);
-    mix(rows, weights, int(a.members), a.width, out, false);
+    mix<true>(rows, weights, int(a.members), a.width, out, false);
   }
 };
 
 template <typename S>
-void forward(const CompetencyAggregate& a, int64_t begin, int64_t end) {
+void forward(const CompetencyAggregate& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  OwnRows<A> own(1, a.width);
+  A* own = (A*)scratch;
   Mixture<S> mixture;
   for (int64_t r = begin; r < end; ++r) {
-    mixture.read(a, r, own[0]);
-    Moments<A>(own[0], a.width, A(a.eps))
-        .apply(own[0], (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
+    mixture.read(a, r, own);
+    Moments<A>(own, a.width, A(a.eps))
+        .apply(own, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
   fence();
 }
 
 template <typename S>
-void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) {
+void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
   const CompetencyAggregate& in = a.inputs;
   int members = int(in.members);
   bool any = a.mixture != nullptr;
   for (int k = 0; k < members; ++k) any |= a.grad_experts[k] != nullptr;
-  OwnRows<A> own(2, in.width);
+  Pieces pieces{scratch};
+  A *x = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
   Mixture<S> mixture;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* dweight = a.norm_weight ? (A*)a.norm_weight + chunk * in.width : nullptr;
-    A* dbias = a.norm_bias ? (A*)a.norm_bias + chunk * in.width : nullptr;
-    for (int64_t d = 0; d < in.width; ++d) {
-      if (dweight) dweight[d] = 0;
-      if (dbias) dbias[d] = 0;
-    }
+    A* dweight = cleared<A>(a.norm_weight, chunk, in_whole_vectors(in.width));
+    A* dbias = cleared<A>(a.norm_bias, chunk, in_whole_vectors(in.width));
     int64_t first = chunk * a.chunk, last = smaller(first + a.chunk, in.batch * in.tokens);
     for (int64_t r = first; r < last; ++r) {
       int64_t b = r / in.tokens, n = r % in.tokens;
-      A *x = own[0], *dx = own[1];
       mixture.read(in, r, x);
       Moments<A>(x, in.width, A(in.eps))
           .backward(x, row<S>(a.grad, b, n), (const A*)in.weight, in.width, dweight, dbias, any ? dx : nullptr);
@@ -109,7 +105,7 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) 
         A w = mixture.weights[k];
         S* out = (S*)a.grad_experts[k] + r * in.width;
         along<A>(in.width, [&](int64_t d, auto partial, int count) TF_LAMBDA {
-          put(out, d, w * get(dx, d, partial, count), partial, count, in.past_caches);
+          put(out, d, w * load(dx + d), partial, count, in.past_caches);
         });
       }
     }
@@ -127,12 +123,12 @@ void competency_weights_backward(const CompetencyWeightsBackward& a, int64_t beg
   a.wide ? weigh_backward<double>(a, begin, end) : weigh_backward<float>(a, begin, end);
 }
 
-void competency_aggregate(const CompetencyAggregate& a, int64_t begin, int64_t end) {
-  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end); });
+void competency_aggregate(const CompetencyAggregate& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end, scratch); });
 }
 
-void competency_aggregate_backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end) {
-  by_type(a.inputs.type, [&](auto s) { backward<decltype(s)>(a, begin, end); });
+void competency_aggregate_backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.inputs.type, [&](auto s) { backward<decltype(s)>(a, begin, end, scratch); });
 }
 
 }  // namespace TIGER_FAST_ISA

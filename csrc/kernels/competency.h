@@ -37,7 +37,7 @@ struct CompetencyAggregateBackward {
   Rows grad;                   // (B, N, D)
   int64_t chunk;               // tokens in each
   void* grad_experts[kMaxExperts];  // (B, N, D), or null where nobody needs it
-  // Partial sums of the accumulator type, or null: by chunk, rows of D for the norm's weight and bias; and by
+  // Partial sums of the accumulator type, or null: by chunk, rows of D in whole vectors for the norm's weight and bias; and by
   // sample and chunk (see Sums), the mixture weights'.
   void *norm_weight, *norm_bias, *mixture;
 };

@@ -18,7 +18,7 @@ namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 namespace {
 
-constexpr int kMostRows = 16 * kMaxExperts;   // of one tile, see counterfactual_tile
+constexpr int kMostRows = 16 * kMaxExperts;   // of one tile, see tile_of
 constexpr int64_t kDepth = 1024;              // of one pass of a product, so that its panel stays in the second cache
 constexpr int64_t kHeadInCache = 256 * 1024;  // bytes, of a second cache of 512 KiB or more
 
@@ -49,15 +49,6 @@ void columns(const CounterfactualPack& a, int64_t begin, int64_t end) {
     }
 }
 
-// step(offset, vectors) for each register tile's width of [0, count), which is a multiple of L<A>.
-template <typename A, typename Step>
-TF_INLINE void by_tiles(int64_t count, Step step) {
-  int64_t j = 0;
-  for (; count - j >= kTileVectors * L<A>; j += kTileVectors * L<A>) step(j, constant<kTileVectors>{});
-  if (count - j == 2 * L<A>) step(j, constant<2>{});
-  if (count - j == L<A>) step(j, constant<1>{});
-}
-
 // out[i][c] = rows[i] . head[c], zeros behind the last class. rows has entries up to whole register tiles.
 template <typename A>
 __attribute__((noinline)) void project(const A* const* rows, int count, const Counterfactual& a, A* out,
@@ -72,7 +63,8 @@ __attribute__((noinline)) void project(const A* const* rows, int count, const Co
   }
   for (int64_t start = 0; start < a.width; start += kDepth) {
     int64_t depth = smaller(kDepth, a.width - start);
-    by_tiles<A>(padded<A>(a.classes), [&](int64_t c, auto vectors) TF_LAMBDA {
+    int64_t columns = kHalves ? (a.classes + L<A> / 2 - 1) / (L<A> / 2) * (L<A> / 2) : padded<A>(a.classes);
+    by_tiles<A, kHalves>(columns, [&](int64_t c, auto width) TF_LAMBDA {
       const A* panel = (const A*)a.panel + c / kColumn * kColumn * a.width + start * kColumn + c % kColumn;
       for (int i = 0; i < count; i += kTileRows) {
         if (c == 0 && i + kTileRows < count)  // the rows that come next
@@ -80,13 +72,26 @@ __attribute__((noinline)) void project(const A* const* rows, int count, const Co
             for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(A))) __builtin_prefetch(rows[r] + start + d, 0, 2);
         const A* left[kTileRows];
         for (int r = 0; r < kTileRows; ++r) left[r] = rows[i + r] + start;
-        product_tile<A, kTileRows, decltype(vectors)::value>(
-            depth, count - i, start > 0, [&](int r, int64_t k) TF_LAMBDA { return left[r][k]; },
+        product_tile<A, kTileRows>(
+            width, depth, count - i, start > 0, [&](int r, int64_t k) TF_LAMBDA { return left[r][k]; },
             [&](int64_t k) TF_LAMBDA { return panel + k * kColumn; },
             [&](int r) TF_LAMBDA { return out + (i + r) * stride + c; });
       }
     });
   }
+}
+
+// Few classes would leave most lanes of a vector over classes empty: vectors then go over tokens. cross_entropy is
+// faster so with more classes too, as long as what it keeps of each token fits the first cache so many times.
+TF_INLINE bool few_classes(const Counterfactual& a) {
+  return a.classes <= 16 || (a.loss == TokenLoss::cross_entropy && (2 * a.members + 4) * a.classes <= 640);
+}
+
+// Tokens that are projected together: enough rows of features for whole register tiles, few enough to stay in a cache.
+// Projections of a few classes are small: there, whole vectors of tokens.
+TF_INLINE int64_t tile_of(const Counterfactual& a) {
+  bool small = a.projected && few_classes(a);
+  return a.members >= 4 && !small ? 8 : a.members >= 2 ? 16 : 32;
 }
 
 // ---- the losses of one token
@@ -125,37 +130,37 @@ struct Scratch {
   A* bias_sums;
   A* features;      // of the tile, as accumulators; then their gradients
   Across<A> across;
-};
 
-template <typename A>
-TF_INLINE Scratch<A> laid_out(const Counterfactual& a, void* memory) {
-  Scratch<A> s;
-  int64_t rows = counterfactual_tile(a) * a.members;
-  s.stride = in_whole_vectors(a.classes);
-  s.columns = padded<A>(a.classes);
-  s.projections = (A*)memory;
-  s.logits = s.projections + rows * s.stride;
-  s.target = s.logits + (a.members + 1) * s.stride;
-  s.grad_target = s.target + s.stride;
-  s.bias = s.grad_target + s.stride;
-  s.bias_sums = s.bias + s.stride;
-  s.features = s.bias_sums + s.stride;
-  Across<A>& x = s.across;
-  x.projections = s.features + rows * in_whole_vectors(a.projected ? 1 : a.width);
-  x.logits = x.projections + a.members * a.classes * L<A>;
-  x.weights = x.logits + (a.members + 1) * a.classes * L<A>;
-  x.target = x.weights + a.members * L<A>;
-  x.grad_target = x.target + a.classes * L<A>;
-  x.bias_sums = x.grad_target + a.classes * L<A>;
-  x.grads = x.bias_sums + a.classes * L<A>;
-  x.results = x.grads + (a.members + 1) * L<A>;
-  x.label = x.results + (a.members + 1) * L<A>;
-  for (int64_t c = 0; c < s.stride; ++c) {
-    s.bias[c] = a.bias && c < a.classes ? ((const A*)a.bias)[c] : A(0);
-    s.target[c] = 0;
+  Scratch(const Counterfactual& a, Pieces& pieces) : stride(in_whole_vectors(a.classes)), columns(padded<A>(a.classes)) {
+    int64_t rows = tile_of(a) * a.members;
+    projections = pieces.take<A>(rows * stride);
+    logits = pieces.take<A>((a.members + 1) * stride);
+    target = pieces.take<A>(stride);
+    grad_target = pieces.take<A>(stride);
+    bias = pieces.take<A>(stride);
+    bias_sums = pieces.take<A>(stride);
+    features = a.projected ? nullptr : pieces.take<A>(rows * in_whole_vectors(a.width));
+    across = {};
+    if (!few_classes(a)) return;
+    auto vectors = [&](int64_t count) TF_LAMBDA { return pieces.take<A>(count * L<A>); };
+    across.projections = vectors(a.members * a.classes);
+    across.logits = vectors((a.members + 1) * a.classes);
+    across.weights = vectors(a.members);
+    across.target = vectors(a.classes);
+    across.grad_target = vectors(a.classes);
+    across.bias_sums = vectors(a.classes);
+    across.grads = vectors(a.members + 1);
+    across.results = vectors(a.members + 1);
+    across.label = vectors(1);
   }
-  return s;
-}
+
+  TF_INLINE void read_bias(const Counterfactual& a) const {
+    for (int64_t c = 0; c < stride; ++c) {
+      bias[c] = a.bias && c < a.classes ? ((const A*)a.bias)[c] : A(0);
+      target[c] = 0;
+    }
+  }
+};
 
 // Row sums of the classes' vectors.
 template <typename A, typename Step>
@@ -405,18 +410,6 @@ TF_INLINE void read_target(const Counterfactual& a, const Token<A>& token, A* ou
   });
 }
 
-// A row as accumulators with zeros up to whole vectors: the row itself, unless it has to be copied.
-template <typename S>
-TF_INLINE const acc_t<S>* gathered(const S* p, int64_t count, bool copy, acc_t<S>* out) {
-  using A = acc_t<S>;
-  if constexpr (sizeof(S) == sizeof(A))
-    if (!copy) return p;
-  int64_t i = 0;
-  for (; i + L<A> <= count; i += L<A>) store(out + i, load(p + i));
-  if (i < count) store(out + i, load(p + i, int(count - i)));
-  return out;
-}
-
 // The tokens from `next` on that count, at most a tile of them, with their projections: made from the features, or
 // those that forward kept if `recall`; then the features are read only if `features`. skip(index, b, n) is told of
 // other tokens.
@@ -424,7 +417,7 @@ template <typename S, typename Skip>
 TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
                         bool features, bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
   using A = acc_t<S>;
-  int members = int(a.members), most = int(counterfactual_tile(a)), count = 0;
+  int members = int(a.members), most = int(tile_of(a)), count = 0;
   int64_t b = next / a.tokens, n = next % a.tokens - 1;
   for (; next < end && count < most; ++next) {
     if (++n == a.tokens) ++b, n = 0;
@@ -437,11 +430,11 @@ TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int
       int i = count * members + k;
       const S* from = row<S>(a.features[k], token.b, token.n);
       if (recall)
-        gathered((const A*)a.kept + (next * members + k) * a.classes, a.classes, true, s.projections + i * s.stride);
+        widened((const A*)a.kept + (next * members + k) * a.classes, a.classes, true, s.projections + i * s.stride);
       if (a.projected)
-        gathered(from, a.classes, true, s.projections + i * s.stride);
+        widened(from, a.classes, true, s.projections + i * s.stride);
       else if (features)
-        rows[i] = gathered(from, a.width, whole_vectors && a.width % L<A>, s.features + i * in_whole_vectors(a.width));
+        rows[i] = widened(from, a.width, whole_vectors && a.width % L<A>, s.features + i * in_whole_vectors(a.width));
     }
     ++count;
   }
@@ -462,13 +455,10 @@ TF_INLINE void read_across(const Counterfactual& a, const Scratch<A>& s, const T
   const Across<A>& x = s.across;
   int members = int(a.members), classes = int(a.classes);
   if (there < L<A>) {
-    auto clear = [](A* p, int64_t rows) TF_LAMBDA {
-      for (int64_t i = 0; i < rows; ++i) store(p + i * L<A>, Vec<A>{});
-    };
-    clear(x.projections, members * classes);
-    clear(x.weights, members);
-    clear(x.target, classes);
-    clear(x.label, 1);
+    clear(x.projections, members * classes * L<A>);
+    clear(x.weights, members * L<A>);
+    clear(x.target, classes * L<A>);
+    clear(x.label, L<A>);
   }
   for (int i = 0; i < there; ++i) {
     for (int k = 0; k < members; ++k) {
@@ -655,10 +645,12 @@ __attribute__((noinline)) void gradients_across(const Counterfactual& a, const S
 template <typename S>
 void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) {
   using A = acc_t<S>;
-  Scratch<A> s = laid_out<A>(a, memory);
+  Pieces pieces{memory};
+  Scratch<A> s(a, pieces);
+  s.read_bias(a);
   int64_t members = a.members;
   A losses[kMaxExperts + 1];
-  bool few = counterfactual_few(a);
+  bool few = few_classes(a);
   auto write = [&](int64_t index, int64_t b, int64_t n, auto value) TF_LAMBDA {
     ((A*)a.full)[index] = value(0);
     A* without = (A*)a.without + b * members * a.tokens + n;
@@ -751,13 +743,12 @@ __attribute__((noinline)) void backward_across(const CounterfactualBackward& a, 
   const Across<A>& x = s.across;
   int members = int(in.members), classes = int(in.classes), row = classes * L<A>;
   read_across(in, s, tokens, there, projections);
-  for (int k = 0; k <= members; ++k) store(x.grads + k * L<A>, Vec<A>{});
+  clear(x.grads, (members + 1) * L<A>);
   for (int i = 0; i < there; ++i) read_grads(a, tokens[i], x.grads + i, L<A>);
-  if (a.grad_target)
-    for (int c = 0; c < row; c += L<A>) store(x.grad_target + c, Vec<A>{});
+  if (a.grad_target) clear(x.grad_target, row);
   logits_across(in, s, there);
   gradients_across(in, s, absent, a.grad_target != nullptr);
-  for (int k = 0; k < members; ++k) store(x.results + k * L<A>, Vec<A>{});
+  clear(x.results, members * L<A>);
   for (int c = 0; c < row; c += L<A>) {
     const A* g = x.logits + c;
     Vec<A> rest[kMaxExperts], behind = {};
@@ -818,13 +809,13 @@ TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S
   bool fits = in.classes * stride * int64_t(sizeof(A)) <= kHeadInCache;
   for (int first = 0; first < rows;) {
     int end = fits ? smaller(first + kTileRows, rows) : rows;
-    by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
+    by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto width) TF_LAMBDA {
       const A* head = (const A*)a.head_columns + d / kColumn * kColumn * in.classes + d % kColumn;
       for (int i = first; i < end; i += kTileRows) {
         const A* left[kTileRows];
         for (int r = 0; r < kTileRows; ++r) left[r] = from[i + r];
-        product_tile<A, kTileRows, decltype(vectors)::value>(
-            in.classes, end - i, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
+        product_tile<A, kTileRows>(
+            width, in.classes, end - i, false, [&](int r, int64_t c) TF_LAMBDA { return left[r][c]; },
             [&](int64_t c) TF_LAMBDA { return head + c * kColumn; },
             [&](int r) TF_LAMBDA { return s.features + (i - first + r) * stride + d; });
       }
@@ -841,11 +832,11 @@ TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S
 template <typename A>
 __attribute__((noinline)) void add_to_head(const Counterfactual& in, const Scratch<A>& s, const A* const* rows,
                                            int count, A* sums) {
-  by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto vectors) TF_LAMBDA {
+  by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto width) TF_LAMBDA {
     A* column = sums + d / kColumn * kColumn * in.classes + d % kColumn;
     for (int64_t c = 0; c < in.classes; c += kTileRows)
-      product_tile<A, kTileRows, decltype(vectors)::value>(
-          count, int(smaller(in.classes - c, int64_t(kTileRows))), true,
+      product_tile<A, kTileRows>(
+          width, count, int(smaller(in.classes - c, int64_t(kTileRows))), true,
           [&](int r, int64_t k) TF_LAMBDA { return s.projections[k * s.stride + c + r]; },
           [&](int64_t k) TF_LAMBDA { return rows[k] + d; },
           [&](int r) TF_LAMBDA { return column + (c + r) * kColumn; });
@@ -856,13 +847,12 @@ template <typename S>
 void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void* memory) {
   using A = acc_t<S>;
   const Counterfactual& in = a.inputs;
-  Scratch<A> s = laid_out<A>(in, memory);
+  Pieces pieces{memory};
+  Scratch<A> s(in, pieces);
+  s.read_bias(in);
   int64_t members = in.members, classes = in.classes, tokens_in_all = in.batch * in.tokens;
-  bool recall = in.kept != nullptr, few = counterfactual_few(in);
+  bool recall = in.kept != nullptr, few = few_classes(in);
   int64_t length = in.projected ? classes : in.width;
-  auto clear = [](A* p, int64_t count) TF_LAMBDA {
-    for (int64_t i = 0; i < count; ++i) p[i] = 0;
-  };
   auto skip = [&](int64_t index, int64_t b, int64_t n) TF_LAMBDA {
     int64_t offset = b * a.grad_stride[0] + n * a.grad_stride[1];
     for (int64_t k = 0; k < members; ++k)
@@ -879,8 +869,7 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   Token<A> tokens[32];
   const A* rows[kMostRows + kTileRows];
   for (int64_t chunk = begin; chunk < end; ++chunk) {
-    A* head_sums = a.head_sums ? (A*)a.head_sums + chunk * classes * in_columns(in.width) : nullptr;
-    if (head_sums) clear(head_sums, classes * in_columns(in.width));
+    A* head_sums = cleared<A>(a.head_sums, chunk, classes * in_columns(in.width));
     clear(s.bias_sums, s.stride);
     if (few) clear(s.across.bias_sums, classes * L<A>);
     int64_t stop = smaller((chunk + 1) * a.chunk, tokens_in_all);
@@ -912,6 +901,12 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
 }
 
 }  // namespace
+
+int64_t counterfactual_scratch(const Counterfactual& a) {
+  Pieces pieces{};
+  by_type(a.type, [&](auto s) { Scratch<acc_t<decltype(s)>>(a, pieces); });
+  return pieces.bytes;
+}
 
 void counterfactual(const Counterfactual& a, int64_t begin, int64_t end, void* scratch) {
   by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end, scratch); });

@@ -9,10 +9,6 @@ namespace tiger_fast {
 enum class TokenLoss : int { cross_entropy, l1, mse, bce, cosine };
 constexpr int kTokenLosses = 5;
 
-// Elements that rows of scratch and of padded copies are rounded up to: whole vectors of every instruction set.
-constexpr int64_t kPad = 16;
-inline __attribute__((always_inline)) int64_t in_whole_vectors(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
-
 struct Counterfactual {
   Type type;
   TokenLoss loss;
@@ -65,27 +61,5 @@ struct CounterfactualPack {
   void* panel;                   // the transpose in columns of classes
   void* columns;                 // in columns of D
 };
-
-// Few classes would leave most lanes of a vector over classes empty: vectors then go over tokens. cross_entropy is
-// faster so with more classes too, as long as what it keeps of each token fits the first cache so many times.
-inline __attribute__((always_inline)) bool counterfactual_few(const Counterfactual& a) {
-  return a.classes <= 16 || (a.loss == TokenLoss::cross_entropy && (2 * a.members + 4) * a.classes <= 640);
-}
-
-// Tokens that are projected together: enough rows of features for whole register tiles, few enough to stay in a cache.
-// Projections of a few classes are small: there, whole vectors of tokens.
-inline __attribute__((always_inline)) int64_t counterfactual_tile(const Counterfactual& a) {
-  bool small = a.projected && counterfactual_few(a);
-  return a.members >= 4 && !small ? 8 : a.members >= 2 ? 16 : 32;
-}
-
-// Bytes of scratch that a kernel wants for itself.
-inline size_t counterfactual_scratch(const Counterfactual& a) {
-  int64_t rows = counterfactual_tile(a) * a.members, classes = in_whole_vectors(a.classes);
-  int64_t width = in_whole_vectors(a.projected ? 1 : a.width);
-  int64_t elements = (rows + a.members + 5) * classes + rows * width;
-  if (counterfactual_few(a)) elements += kPad * ((2 * a.members + 4) * a.classes + 3 * a.members + 3);
-  return size_t(elements) * (a.type == Type::f64 ? 8 : 4);
-}
 
 }  // namespace tiger_fast

@@ -1,4 +1,6 @@
 // The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
+// A kernel that takes `scratch` is handed working memory of this range alone: NAME_scratch says how many bytes, or the host
+// counts the rows that the arguments ask for.
 #pragma once
 
 #include "group_attention.h"
@@ -13,18 +15,18 @@
 #define TF_ENTRIES                                                    \
   void group_attention(const GroupAttention&, int64_t begin, int64_t end); \
   void group_attention_backward(const GroupAttentionBackward&, int64_t begin, int64_t end); \
-  void adapter_in(const AdapterIn&, int64_t begin, int64_t end); \
-  void adapter_in_backward(const AdapterInBackward&, int64_t begin, int64_t end); \
-  void adapter_out(const AdapterOut&, int64_t begin, int64_t end); \
-  void adapter_out_backward(const AdapterOutBackward&, int64_t begin, int64_t end); \
+  void adapter_in(const AdapterIn&, int64_t begin, int64_t end, void* scratch); \
+  void adapter_in_backward(const AdapterInBackward&, int64_t begin, int64_t end, void* scratch); \
+  void adapter_out(const AdapterOut&, int64_t begin, int64_t end, void* scratch); \
+  void adapter_out_backward(const AdapterOutBackward&, int64_t begin, int64_t end, void* scratch); \
   void causal_target(const CausalTarget&, int64_t begin, int64_t end); \
   void causal_target_backward(const CausalTargetBackward&, int64_t begin, int64_t end); \
   void alignment_loss(const AlignmentLoss&, int64_t begin, int64_t end); \
   void alignment_loss_backward(const AlignmentLossBackward&, int64_t begin, int64_t end); \
   void competency_weights(const CompetencyWeights&, int64_t begin, int64_t end); \
   void competency_weights_backward(const CompetencyWeightsBackward&, int64_t begin, int64_t end); \
-  void competency_aggregate(const CompetencyAggregate&, int64_t begin, int64_t end); \
-  void competency_aggregate_backward(const CompetencyAggregateBackward&, int64_t begin, int64_t end); \
+  void competency_aggregate(const CompetencyAggregate&, int64_t begin, int64_t end, void* scratch); \
+  void competency_aggregate_backward(const CompetencyAggregateBackward&, int64_t begin, int64_t end, void* scratch); \
   void counterfactual(const Counterfactual&, int64_t begin, int64_t end, void* scratch); \
   void counterfactual_backward(const CounterfactualBackward&, int64_t begin, int64_t end, void* scratch); \
   void counterfactual_panel(const CounterfactualPack&, int64_t begin, int64_t end); \
@@ -32,9 +34,12 @@
   void counterfactual_rows(const CounterfactualPack&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
-  void route(const Route&, int64_t begin, int64_t end);               \
+  int64_t counterfactual_scratch(const Counterfactual&); \
+  int64_t route_scratch(const Route&); \
+  int64_t route_backward_scratch(const RouteBackward&); \
+  void route(const Route&, int64_t begin, int64_t end, void* scratch);               \
   void conditions(const Conditions&, int64_t begin, int64_t end);     \
-  void route_backward(const RouteBackward&, int64_t begin, int64_t end); \
+  void route_backward(const RouteBackward&, int64_t begin, int64_t end, void* scratch); \
   void sums(const Sums&, int64_t begin, int64_t end);
 
 namespace tiger_fast {

@@ -59,13 +59,6 @@ struct Scores {
   alignas(kBytes) A at[kMaxGroup * kScoreStride] = {};
 };
 
-// x in the first n lanes, 0 in the others.
-template <typename A>
-TF_INLINE Vec<A> first(Vec<A> x, int n) {
-  for (int i = 0; i < L<A>; ++i) x[i] = i < n ? x[i] : A(0);
-  return x;
-}
-
 // The members' rows of one head block, `heads` times `width` channels, to tile[(g * heads + h) * padded].
 template <typename S>
 TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int64_t width, int64_t padded,
@@ -82,7 +75,7 @@ TF_INLINE void gather(const S* from, int64_t stride, int members, int heads, int
         int n = int(smaller<int64_t>(width - d, L<A>));
         // Whole vectors as long as the row (of which `behind` elements follow this block) has them.
         bool whole = (heads - h) * width - d + behind >= L<A>;
-        store(tile, whole ? first<A>(load(p), n) : load(p, n));
+        store(tile, whole ? first_lanes<A>(load(p), n) : load(p, n));
       }
   }
 }
@@ -318,9 +311,79 @@ struct Walk {
   }
 };
 
+// A group of one attends to itself: its weight is 1, or NaN where its score is not finite.
+template <typename A>
+TF_INLINE A weight_alone(A score) {
+  return score - score + 1;
+}
+
+// (factor * a) . b
+template <typename S>
+TF_INLINE acc_t<S> dot(const S* a, const S* b, int64_t width, acc_t<S> factor) {
+  using A = acc_t<S>;
+  Vec<A> sums = {};
+  along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+    sums += get(a, d, partial, n) * factor * get(b, d, partial, n);
+  });
+  return sum(sums);
+}
+
+// out = factor * x
+template <typename S>
+TF_INLINE void scaled(const S* x, acc_t<S> factor, int64_t width, S* out, bool past_caches) {
+  along<acc_t<S>>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+    put(out, d, factor * get(x, d, partial, n), partial, n, past_caches);
+  });
+}
+
+template <typename S>
+TF_INLINE S* place(const Target& t, int64_t b, int64_t n) {
+  return (S*)t.data + b * t.stride[0] + n * t.stride[2];
+}
+
+template <typename S>
+void forward_alone(const GroupAttention& a, int64_t begin, int64_t end) {
+  acc_t<S> scale = acc_t<S>(1 / ::sqrt(double(a.head)));
+  for (int64_t r = begin; r < end; ++r) {
+    int64_t b = r / a.tokens, n = r % a.tokens;
+    const S *q = row<S>(a.q, b, 0, n), *k = row<S>(a.k, b, 0, n), *v = row<S>(a.v, b, 0, n);
+    S* out = place<S>(a.out, b, n);
+    for (int64_t c = 0; c < a.heads * a.head; c += a.head)
+      scaled(v + c, weight_alone(dot(q + c, k + c, a.head, scale)), a.head, out + c, a.past_caches);
+  }
+  fence();
+}
+
+template <typename S>
+void backward_alone(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
+  using A = acc_t<S>;
+  const GroupAttention& in = a.inputs;
+  A scale = A(1 / ::sqrt(double(in.head)));
+  for (int64_t r = begin; r < end; ++r) {
+    int64_t b = r / in.tokens, n = r % in.tokens;
+    const S *q = row<S>(in.q, b, 0, n), *k = row<S>(in.k, b, 0, n), *v = row<S>(in.v, b, 0, n);
+    const S* grad = row<S>(a.grad, b, 0, n);
+    for (int64_t c = 0; c < in.heads * in.head; c += in.head) {
+      A weight = weight_alone(dot(q + c, k + c, in.head, scale)), slope = 0;
+      if (a.grad_q.data || a.grad_k.data) {
+        A through = dot(grad + c, v + c, in.head, A(1));
+        slope = weight * (through - through);  // 0, or NaN where something is not finite
+      }
+      auto write = [&](const Target& t, const S* x, A factor) TF_LAMBDA {
+        if (t.data) scaled(x + c, factor, in.head, place<S>(t, b, n) + c, in.past_caches);
+      };
+      write(a.grad_q, k, slope);
+      write(a.grad_k, q, slope);
+      write(a.grad_v, grad, weight);
+    }
+  }
+  fence();
+}
+
 template <typename S>
 void forward(const GroupAttention& a, int64_t begin, int64_t end) {
   using A = acc_t<S>;
+  if (a.members == 1) return forward_alone<S>(a, begin, end);
   int members = int(a.members);
   bool direct = a.head % L<A> == 0 && members <= kInPlace;
   Cut cut = Cut::of<A>(a, direct ? 1 : 3 * members);
@@ -357,6 +420,7 @@ template <typename S>
 void backward(const GroupAttentionBackward& a, int64_t begin, int64_t end) {
   using A = acc_t<S>;
   const GroupAttention& in = a.inputs;
+  if (in.members == 1) return backward_alone<S>(a, begin, end);
   int members = int(in.members);
   bool through_scores = a.grad_q.data || a.grad_k.data;
   bool direct = in.head % L<A> == 0 && members <= kInPlace;

@@ -1,35 +1,13 @@
 // LayerNorm of a row that stands in cache as accumulators, and its gradient.
+//
+// Such rows, and sums of rows, are kept in whole vectors, zeros behind the row: what a masked store wrote must reach the
+// cache before it can be loaded again, which takes longer than the arithmetic of a short row.
 #pragma once
-
-#include <stdlib.h>
 
 #include "rows.h"
 
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
-
-// Memory of a thread's own: `rows` rows of at least `width` accumulators, each on a cache line.
-template <typename A>
-struct OwnRows {
-  explicit OwnRows(int rows, int64_t width) : stride((width + 15) / 16 * 16) {
-    data = (A*)aligned_alloc(64, size_t(rows * stride) * sizeof(A) + 64);
-    if (!data) abort();
-  }
-  ~OwnRows() { free(data); }
-  OwnRows(const OwnRows&) = delete;
-  A* operator[](int i) const { return data + i * stride; }
-
-  int64_t stride;
-  A* data;
-};
-
-// The first n lanes, the others 0.
-template <typename A>
-TF_INLINE Vec<A> first_lanes(Vec<A> x, int n) {
-  Vec<A> kept = {};
-  for (int i = 0; i < L<A>; ++i) kept[i] = i < n ? x[i] : A(0);
-  return kept;
-}
 
 template <typename A>
 struct Moments {
@@ -38,10 +16,10 @@ struct Moments {
   // The variance in a second pass: a difference of squares would cancel.
   TF_INLINE Moments(const A* x, int64_t width, A eps) {
     Vec<A> total = {}, squares = {};
-    along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA { total += get(x, d, partial, n); });
+    along<A>(width, [&](int64_t d, auto, int) TF_LAMBDA { total += load(x + d); });
     mean = sum(total) / A(width);
     along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-      Vec<A> centred = get(x, d, partial, n) - mean;
+      Vec<A> centred = load(x + d) - mean;
       if constexpr (decltype(partial)::value) centred = first_lanes<A>(centred, n);
       squares += centred * centred;
     });
@@ -53,7 +31,7 @@ struct Moments {
   template <typename S>
   TF_INLINE void apply(const A* x, const A* weight, const A* bias, int64_t width, S* out, bool past_caches) const {
     along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-      Vec<A> y = (get(x, d, partial, n) - mean) * scale * get(weight, d, partial, n) + get(bias, d, partial, n);
+      Vec<A> y = (load(x + d) - mean) * scale * get(weight, d, partial, n) + get(bias, d, partial, n);
       put(out, d, y, partial, n, past_caches);
     });
   }
@@ -66,21 +44,21 @@ struct Moments {
                           A* dx) const {
     Vec<A> level = {}, slope = {};
     along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-      Vec<A> h = (get(x, d, partial, n) - mean) * scale, g = get(grad, d, partial, n);
-      if (dweight) put(dweight, d, get(dweight, d, partial, n) + g * h, partial, n);
-      if (dbias) put(dbias, d, get(dbias, d, partial, n) + g, partial, n);
+      Vec<A> h = (load(x + d) - mean) * scale, g = get(grad, d, partial, n);
+      if (dweight) store(dweight + d, load(dweight + d) + g * h);
+      if (dbias) store(dbias + d, load(dbias + d) + g);
       if (!dx) return;
       g *= get(weight, d, partial, n);
-      put(dx, d, g, partial, n);
+      store(dx + d, g);
       level += g;
       slope += g * h;
     });
     if (!dx) return;
     A mean_g = sum(level) / A(width), mean_gh = sum(slope) / A(width);
-    along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
+    along<A>(width, [&](int64_t d, auto, int) TF_LAMBDA {
       // g as it was stored: multiplied anew it would be fused with the subtraction, and not cancel where it should.
-      Vec<A> h = (get(x, d, partial, n) - mean) * scale;
-      put(dx, d, (get(dx, d, partial, n) - mean_g - h * mean_gh) * scale, partial, n);
+      Vec<A> h = (load(x + d) - mean) * scale;
+      store(dx + d, (load(dx + d) - mean_g - h * mean_gh) * scale);
     });
   }
 };

@@ -12,8 +12,6 @@
 //     memory; the inner products, the softmax and the mixture then find them in the second cache.
 #include "route.h"
 
-#include <stdlib.h>
-
 #include "entry.h"
 #include "product.h"
 #include "rows.h"
@@ -26,23 +24,6 @@ namespace {
 constexpr int kTile = 8;  // tokens of a tile, at most
 // What a tile's rows may take of the second cache.
 constexpr int64_t kTileBytes = 192 << 10;
-
-// Memory for one tile, of a thread's own.
-template <typename A>
-struct Scratch {
-  A* data;
-  int64_t used = 0;
-  explicit Scratch(int64_t count) : data((A*)aligned_alloc(64, size_t((count * int64_t(sizeof(A)) + 63) / 64 * 64))) {
-    if (!data) abort();
-  }
-  ~Scratch() { free(data); }
-  Scratch(const Scratch&) = delete;
-  A* take(int64_t count) {
-    A* p = data + used;
-    used += (count + kRoutePad - 1) / kRoutePad * kRoutePad;
-    return p;
-  }
-};
 
 // The rows of up to kTile tokens as accumulators that may be read to the padded width: in place where they are stored so.
 template <typename S>
@@ -58,26 +39,17 @@ struct Tile {
   const A* base[kTile];
   A z[kTile][kMaxRank];
 
-  Tile(const Route& args) : a(args), wide(route_padded(args.width)) {
+  Tile(const Route& args, Pieces& pieces) : a(args), wide(in_whole_vectors(args.width)) {
     in_place = sizeof(S) != 2 && a.width == wide;  // products read whole rows of a padded width
     int64_t bytes = a.members * wide * int64_t(sizeof(A));
     size = int(smaller<int64_t>(kTile, larger<int64_t>(1, kTileBytes / bytes)));
-  }
-  int64_t scratch() const { return in_place ? 0 : (a.members + 1) * size * wide; }
-  void place(Scratch<A>& s) {
-    copies = in_place ? nullptr : s.take(a.members * size * wide);
-    base_copies = in_place ? nullptr : s.take(size * wide);
+    copies = in_place ? nullptr : pieces.take<A>(a.members * size * wide);
+    base_copies = in_place ? nullptr : pieces.take<A>(size * wide);
   }
 
-  TF_INLINE const A* dense(const S* p, A* copy) const {
-    if constexpr (sizeof(S) != 2) {
-      if (in_place) return p;
-    }
-    int64_t d = 0;
-    for (; d + L<A> <= a.width; d += L<A>) store(copy + d, load(p + d));
-    if (d < a.width) store(copy + d, load(p + d, int(a.width - d))), d += L<A>;
-    for (; d < wide; ++d) copy[d] = 0;
-    return copy;
+  // A row of D, or its copy in row i of `copies`.
+  TF_INLINE const A* dense(const S* p, A* rows, int64_t i) const {
+    return widened(p, a.width, !in_place, in_place ? nullptr : rows + i * wide);
   }
 
   TF_INLINE void read(int64_t first, int count) {
@@ -85,12 +57,9 @@ struct Tile {
     for (int i = 0; i < count; ++i) {
       int64_t b = (first + i) / a.tokens, n = (first + i) % a.tokens;
       for (int k = 0; k < members; ++k)
-        features[i * members + k] =
-            dense(row<S>(a.experts[k], b, n), in_place ? nullptr : copies + (i * members + k) * wide);
-      base[i] = dense((const S*)a.base + (first + i) * a.width, in_place ? nullptr : base_copies + i * wide);
-      const S* from = (const S*)a.z + (first + i) * a.rank;
-      for (int64_t r = 0; r < route_padded(a.rank); r += L<A>)
-        store(z[i] + r, r + L<A> <= a.rank ? load(from + r) : r < a.rank ? load(from + r, int(a.rank - r)) : Vec<A>{});
+        features[i * members + k] = dense(row<S>(a.experts[k], b, n), copies, i * members + k);
+      base[i] = dense((const S*)a.base + (first + i) * a.width, base_copies, i);
+      widened((const S*)a.z + (first + i) * a.rank, a.rank, true, z[i]);
     }
     // Rows that fill up the last register tile of a product; what comes of them is not stored.
     for (int r = count * members; r % kTileRows; ++r) features[r] = features[0];
@@ -98,7 +67,7 @@ struct Tile {
 
   // u_k = V^T F_k for every row of the tile.
   TF_INLINE void project(int count, A* u) const {
-    int64_t columns = route_padded(a.rank);
+    int64_t columns = in_whole_vectors(a.rank);
     const A* v = (const A*)a.v;
     product<A>(
         count * int(a.members), columns, a.width, false,
@@ -107,19 +76,34 @@ struct Tile {
   }
 };
 
+// What the forward works in.
 template <typename S>
-void forward(const Route& a, int64_t begin, int64_t end) {
+struct Forward {
+  using A = acc_t<S>;
+  Tile<S> tile;
+  A* u;            // V^T F, a row for each token and expert
+  A* conditioned;  // z o g_t
+  A* logits;       // of the tile
+  A* products;     // base . F_k, then c_t . F_k
+
+  Forward(const Route& a, Pieces& pieces) : tile(a, pieces) {
+    int64_t columns = in_whole_vectors(a.rank);
+    u = pieces.take<A>(tile.size * a.members * columns);
+    conditioned = pieces.take<A>(a.tasks * columns);
+    logits = pieces.take<A>(tile.size * a.tasks * a.members);
+    products = pieces.take<A>((a.tasks + 1) * a.members);
+  }
+};
+
+template <typename S>
+void forward(const Route& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
   int members = int(a.members), tasks = int(a.tasks);
-  int64_t columns = route_padded(a.rank), logits_row = tasks * members;
-  Tile<S> tile(a);
-  Scratch<A> scratch(tile.scratch() + (tile.size * members + 1) * columns + (tasks + 1) * columns +
-                     route_padded(tile.size * logits_row) + (2 * tasks + 2) * kMaxExperts + 8 * kRoutePad);
-  tile.place(scratch);
-  A* u = scratch.take(tile.size * members * columns);
-  A* conditioned = scratch.take(tasks * columns);  // z o g_t
-  A* logits = scratch.take(tile.size * logits_row);
-  A* products = scratch.take((tasks + 1) * members);
+  int64_t columns = in_whole_vectors(a.rank), logits_row = tasks * members;
+  Pieces pieces{scratch};
+  Forward<S> own(a, pieces);
+  Tile<S>& tile = own.tile;
+  A *u = own.u, *conditioned = own.conditioned, *logits = own.logits, *products = own.products;
   for (int64_t first = begin; first < end; first += tile.size) {
     int count = int(smaller<int64_t>(tile.size, end - first));
     tile.read(first, count);
@@ -165,45 +149,57 @@ void forward(const Route& a, int64_t begin, int64_t end) {
   fence();
 }
 
+// What the backward works in.
+template <typename S>
+struct Backward {
+  using A = acc_t<S>;
+  Tile<S> tile;
+  int64_t task_columns;  // whole register tiles
+  A* u;
+  A* expanded;   // S_k; a product reads whole register tiles of rows
+  A* slopes;     // ds_tk, a row for each token and expert
+  A* shares;     // alpha_tk, the same
+  A* through_v;  // V S_k
+  A* mixed;      // sum_k ds_tk u_k
+  A* copies;     // of the outputs' gradients
+  A* products;   // dalpha_tk of a token
+
+  Backward(const Route& a, Pieces& pieces) : tile(a, pieces) {
+    int64_t columns = in_whole_vectors(a.rank), rows = tile.size * a.members;
+    task_columns = (a.tasks + kTileRows - 1) / kTileRows * kTileRows;
+    u = pieces.take<A>(rows * columns);
+    expanded = pieces.take<A>((rows + kTileRows) * columns);
+    slopes = pieces.take<A>(rows * task_columns);
+    shares = pieces.take<A>(rows * task_columns);
+    through_v = pieces.take<A>(rows * tile.wide);
+    mixed = pieces.take<A>(a.tasks * columns);
+    copies = tile.in_place ? nullptr : pieces.take<A>(a.tasks * tile.size * tile.wide);
+    products = pieces.take<A>(a.tasks * a.members);
+  }
+};
+
 // One chunk of tokens.
 template <typename S>
-void backward(const RouteBackward& args, int64_t chunk) {
+void backward(const RouteBackward& args, int64_t chunk, Backward<S>& own) {
   using A = acc_t<S>;
   const Route& a = args.inputs;
+  Tile<S>& tile = own.tile;
   int members = int(a.members), tasks = int(a.tasks);
-  int64_t columns = route_padded(a.rank), wide = route_padded(a.width);
+  int64_t columns = in_whole_vectors(a.rank), wide = tile.wide, task_columns = own.task_columns;
   bool into_experts = false;
   for (int k = 0; k < members; ++k) into_experts |= args.grad_experts[k] != nullptr;
   bool needs_u = args.grad_z || args.grad_scale;
-  int64_t task_columns = (tasks + kTileRows - 1) / kTileRows * kTileRows;
-
-  Tile<S> tile(a);
-  int rows_at_most = tile.size * members;
-  bool grads_in_place = tile.in_place;
-  Scratch<A> scratch(tile.scratch() + rows_at_most * (2 * columns + 2 * task_columns + wide) + tasks * columns +
-                     (grads_in_place ? 0 : tasks * tile.size * wide) + 3 * tasks * members + kMaxExperts +
-                     16 * kRoutePad + kTileRows * columns);
-  tile.place(scratch);
-  A* u = scratch.take(rows_at_most * columns);
-  A* expanded = scratch.take((rows_at_most + kTileRows) * columns);  // S_k
-  A* slopes = scratch.take(rows_at_most * task_columns);             // ds_tk, a row for each token and expert
-  A* shares = scratch.take(rows_at_most * task_columns);             // alpha_tk, the same
-  A* through_v = scratch.take(rows_at_most * wide);                  // V S_k
-  A* mixed = scratch.take(tasks * columns);                          // sum_k ds_tk u_k
-  A* copies = grads_in_place ? nullptr : scratch.take(tasks * tile.size * wide);
-  A* products = scratch.take(tasks * members);
+  A *u = own.u, *expanded = own.expanded, *slopes = own.slopes, *shares = own.shares, *through_v = own.through_v;
+  A *mixed = own.mixed, *products = own.products;
   const A* grads[kTile][kMaxTasks];
 
   int64_t begin = chunk * args.chunk, end = smaller(begin + args.chunk, a.batch * a.tokens);
-  A* sum_v = args.grad_v ? (A*)args.grad_v + chunk * a.rank * wide : nullptr;
-  if (sum_v)
-    for (int64_t j = 0; j < a.rank * wide; ++j) sum_v[j] = 0;
+  A* sum_v = cleared<A>(args.grad_v, chunk, a.rank * wide);
   int64_t scale_slot = -1, conditions_slot = -1;
   auto slot = [&](void* sums, int64_t per_sample, int64_t b, int64_t size, int64_t& current) TF_LAMBDA {
     int64_t now = per_sample ? b + chunk : chunk;
     A* p = (A*)sums + now * size;
-    if (now != current)
-      for (int64_t j = 0; j < size; ++j) p[j] = 0;
+    if (now != current) clear(p, size);
     current = now;
     return p;
   };
@@ -218,14 +214,13 @@ void backward(const RouteBackward& args, int64_t chunk) {
     for (int i = 0; i < count; ++i)
       for (int t = 0; t < tasks; ++t)
         grads[i][t] = args.grad_tokens.data
-                          ? tile.dense(row<S>(args.grad_tokens, b, t, n0 + i),
-                                       grads_in_place ? nullptr : copies + (i * tasks + t) * wide)
+                          ? tile.dense(row<S>(args.grad_tokens, b, t, n0 + i), own.copies, i * tasks + t)
                           : nullptr;
     if (needs_u) tile.project(count, u);
     A* sum_scale = args.grad_scale ? slot(args.grad_scale, a.scale_batch, b, tasks * columns, scale_slot) : nullptr;
 
     for (int i = 0; i < count; ++i) {
-      for (int j = 0; j < tasks * members; ++j) products[j] = 0;
+      clear(products, tasks * members);
       if (args.grad_tokens.data)
         dots<A, A>(
             tasks, members, a.width, [&](int t) TF_LAMBDA { return grads[i][t]; },
@@ -343,13 +338,27 @@ void conditions(const Conditions& a, int64_t begin, int64_t end) {
     condition<float>(a, begin, end);
 }
 
-void route(const Route& a, int64_t begin, int64_t end) {
-  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end); });
+int64_t route_scratch(const Route& a) {
+  Pieces pieces{};
+  by_type(a.type, [&](auto s) { Forward<decltype(s)>(a, pieces); });
+  return pieces.bytes;
 }
 
-void route_backward(const RouteBackward& a, int64_t begin, int64_t end) {
+int64_t route_backward_scratch(const RouteBackward& a) {
+  Pieces pieces{};
+  by_type(a.inputs.type, [&](auto s) { Backward<decltype(s)>(a.inputs, pieces); });
+  return pieces.bytes;
+}
+
+void route(const Route& a, int64_t begin, int64_t end, void* scratch) {
+  by_type(a.type, [&](auto s) { forward<decltype(s)>(a, begin, end, scratch); });
+}
+
+void route_backward(const RouteBackward& a, int64_t begin, int64_t end, void* scratch) {
   by_type(a.inputs.type, [&](auto s) {
-    for (int64_t chunk = begin; chunk < end; ++chunk) backward<decltype(s)>(a, chunk);
+    Pieces pieces{scratch};
+    Backward<decltype(s)> own(a.inputs, pieces);
+    for (int64_t chunk = begin; chunk < end; ++chunk) backward(a, chunk, own);
   });
 }
 

@@ -5,10 +5,6 @@
 
 namespace tiger_fast {
 
-// Columns of the packed operands are padded with zeros to whole vectors of any instruction set.
-constexpr int64_t kRoutePad = 16;
-constexpr int64_t route_padded(int64_t columns) { return (columns + kRoutePad - 1) / kRoutePad * kRoutePad; }
-
 // "A" is the accumulator type, "S" the activation type. 1 / sqrt(D) is in base, z and conditions.
 struct Route {
   Type type;

@@ -20,6 +20,34 @@ TF_INLINE const S* row(const Rows& r, int64_t i, int64_t j, int64_t k, int64_t l
   return row<S>(r, i, j, k) + l * r.stride[3];
 }
 
+// A row of `count` elements as accumulators: the row itself, or where it is of another type, or `copy`, a copy in `out` with
+// zeros up to in_whole_vectors(count).
+template <typename S>
+TF_INLINE const acc_t<S>* widened(const S* p, int64_t count, bool copy, acc_t<S>* out) {
+  using A = acc_t<S>;
+  if constexpr (sizeof(S) == sizeof(A))
+    if (!copy) return p;
+  int64_t i = 0;
+  for (; i + L<A> <= count; i += L<A>) store(out + i, load(p + i));
+  if (i < count) store(out + i, load(p + i, int(count - i))), i += L<A>;
+  for (; i < in_whole_vectors(count); i += L<A>) store(out + i, Vec<A>{});
+  return out;
+}
+
+template <typename A>
+TF_INLINE void clear(A* p, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) p[i] = 0;
+}
+
+// Row `slot` of partial sums, cleared; null if nobody wants them.
+template <typename A>
+TF_INLINE A* cleared(void* sums, int64_t slot, int64_t size) {
+  if (!sums) return nullptr;
+  A* mine = (A*)sums + slot * size;
+  clear(mine, size);
+  return mine;
+}
+
 // Calls step(d, full) for every vector of a row of `width`: step(d, L) in the body, step(d, n < L) for the rest.
 template <typename A, typename Step>
 TF_INLINE void along(int64_t width, Step step) {
@@ -89,31 +117,34 @@ TF_INLINE void dots(int rows, int columns, int64_t width, Left left, Right right
   }
 }
 
-template <int COUNT, typename From, typename S>
+template <int COUNT, bool WHOLE, typename From, typename S>
 __attribute__((noinline)) void mix_of(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
-                      bool past_caches) {
+                                      [[maybe_unused]] bool past_caches) {
   along<acc_t<S>>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
     Vec<acc_t<S>> total = {};
     for (int j = 0; j < (COUNT ? COUNT : count); ++j) total += shares[j] * get(rows[j], d, partial, n);
-    put(out, d, total, partial, n, past_caches);
+    if constexpr (WHOLE)
+      store(out + d, total);
+    else
+      put(out, d, total, partial, n, past_caches);
   });
 }
 
-// out = sum over j < count of shares[j] * rows[j].
-template <typename From, typename S>
+// out = sum over j < count of shares[j] * rows[j]. With WHOLE, zeros follow up to a whole vector.
+template <bool WHOLE = false, typename From, typename S>
 TF_INLINE void mix(const From* const* rows, const acc_t<S>* shares, int count, int64_t width, S* out,
                    bool past_caches) {
   switch (count) {
     case 1:
-      return mix_of<1>(rows, shares, count, width, out, past_caches);
+      return mix_of<1, WHOLE>(rows, shares, count, width, out, past_caches);
     case 2:
-      return mix_of<2>(rows, shares, count, width, out, past_caches);
+      return mix_of<2, WHOLE>(rows, shares, count, width, out, past_caches);
     case 3:
-      return mix_of<3>(rows, shares, count, width, out, past_caches);
+      return mix_of<3, WHOLE>(rows, shares, count, width, out, past_caches);
     case 4:
-      return mix_of<4>(rows, shares, count, width, out, past_caches);
+      return mix_of<4, WHOLE>(rows, shares, count, width, out, past_caches);
     default:
-      return mix_of<0>(rows, shares, count, width, out, past_caches);
+      return mix_of<0, WHOLE>(rows, shares, count, width, out, past_caches);
   }
 }
 

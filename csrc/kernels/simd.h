@@ -255,17 +255,11 @@ TF_INLINE A at(const Small& s, int64_t offset) {
   return A(0);
 }
 
-// A row of `count` elements as accumulators: the row itself where it is stored so, else a copy in `scratch`.
-template <typename S>
-TF_INLINE const acc_t<S>* widened(const S* p, int64_t count, acc_t<S>* scratch) {
-  if constexpr (sizeof(S) != 2) {
-    return p;
-  } else {
-    int64_t i = 0;
-    for (; i + L<float> <= count; i += L<float>) store(scratch + i, load(p + i));
-    if (i < count) store(scratch + i, load(p + i, int(count - i)), int(count - i));
-    return scratch;
-  }
+// The first n lanes, the others 0.
+template <typename A>
+TF_INLINE Vec<A> first_lanes(Vec<A> x, int n) {
+  for (int i = 0; i < L<A>; ++i) x[i] = i < n ? x[i] : A(0);
+  return x;
 }
 
 // ---- sums over lanes, in one fixed order

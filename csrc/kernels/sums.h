@@ -5,12 +5,17 @@
 
 namespace tiger_fast {
 
-// How [0, count) tokens are cut into chunks: by their number alone, never by the threads there are.
+// How [0, count) tokens are cut into chunks: by the sizes alone, never by the threads there are.
 struct Chunks {
   int64_t size, count;
-  explicit Chunks(int64_t tokens) {
-    constexpr int64_t kMost = 64, kSmallest = 32;  // partial sums and threads to feed; tokens that repay a partial sum
-    size = (tokens + kMost - 1) / kMost;
+  // `elements` of partial sums are kept for each chunk.
+  Chunks(int64_t tokens, int64_t elements) {
+    constexpr int64_t kMost = 64, kFewest = 4;     // chunks, to feed threads; fewer where their sums are large
+    constexpr int64_t kElements = int64_t(8) << 20;  // of all partial sums
+    constexpr int64_t kSmallest = 32;              // tokens that repay a partial sum
+    int64_t most = elements > 0 ? kElements / elements : kMost;
+    most = most < kFewest ? kFewest : most > kMost ? kMost : most;
+    size = (tokens + most - 1) / most;
     size = size < kSmallest ? kSmallest : size;
     count = (tokens + size - 1) / size;
   }

@@ -10,6 +10,10 @@ constexpr int kMaxExperts = 16, kMaxTasks = 32, kMaxRank = 256, kMaxGroup = 32;
 
 enum class Type : int { f32, f64, bf16, f16 };
 
+// Rows of working memory and of packed operands are rounded up to whole vectors of every instruction set.
+constexpr int64_t kPad = 16;
+inline __attribute__((always_inline)) int64_t in_whole_vectors(int64_t n) { return (n + kPad - 1) / kPad * kPad; }
+
 // Storage of the half types; arithmetic on them is done in float.
 struct bf16 {
   uint16_t bits;
@@ -41,6 +45,20 @@ struct Small {
   const void* data;
   Type type;
   int64_t stride[4];
+};
+
+// Working memory, cut into pieces that begin on cache lines. From null they are only counted: the code that lays a kernel's
+// pieces out is the code that says how many bytes the host has to bring.
+struct Pieces {
+  void* memory;
+  int64_t bytes = 0;
+
+  template <typename A>
+  inline __attribute__((always_inline)) A* take(int64_t count) {
+    A* piece = memory ? (A*)((char*)memory + bytes) : nullptr;
+    bytes += in_whole_vectors(count) * int64_t(sizeof(A));
+    return piece;
+  }
 };
 
 // Calls f with a value of the storage type that `type` names.

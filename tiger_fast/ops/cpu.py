@@ -42,7 +42,10 @@ NATIVE: dict[str, Callable] = {
 
 def _load() -> bool:
     # The variable lets a build with a sanitizer, or of another instruction set, take the place of the installed one.
-    path = Path(os.environ.get("TIGER_FAST_NATIVE_LIBRARY") or Path(__file__).parents[1] / "_native.abi3.so")
+    if named := os.environ.get("TIGER_FAST_NATIVE_LIBRARY"):
+        torch.ops.load_library(Path(named))
+        return True
+    path = Path(__file__).parents[1] / "_native.abi3.so"
     if not path.exists():
         reason = "was installed without its compiled CPU kernels (no C++ compiler was found, or TIGER_FAST_NATIVE=0)"
     else:
