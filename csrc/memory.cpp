@@ -13,6 +13,10 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace tiger_fast {
 namespace memory {
 namespace {
@@ -67,7 +71,20 @@ Cache& cache() {
   return *instance;
 }
 
-#if !defined(__SANITIZE_ADDRESS__)
+// AddressSanitizer is told what of a block nobody may touch: what lies behind the tensor, and a block that is kept.
+#if defined(__SANITIZE_ADDRESS__)
+void forbid(void* data, size_t size) { __asan_poison_memory_region(data, size); }
+void permit(void* data, size_t size) { __asan_unpoison_memory_region(data, size); }
+#else
+void forbid(void*, size_t) {}
+void permit(void*, size_t) {}
+#endif
+
+void unmap(const Block& block) {
+  permit(block.data, block.size);  // the addresses may be another's next
+  munmap(block.data, block.size);
+}
+
 // Null where the system has none.
 void* map(size_t size) {
   size_t padded = size + kHugePage;
@@ -84,20 +101,9 @@ void* map(size_t size) {
 #endif
   return data;
 }
-#endif
 
 }  // namespace
 
-#if defined(__SANITIZE_ADDRESS__)
-// Memory of its own for every tensor, which AddressSanitizer can guard.
-void* acquire(size_t bytes, size_t* size) {
-  *size = bytes;
-  if (void* data = std::aligned_alloc(64, (bytes + 63) / 64 * 64)) return data;
-  throw std::bad_alloc();
-}
-
-void release(void* block, size_t) { std::free(block); }
-#else
 void* acquire(size_t bytes, size_t* size) {
   size_t wanted = (bytes + kHugePage - 1) / kHugePage * kHugePage;
   Cache& c = cache();
@@ -115,6 +121,7 @@ void* acquire(size_t bytes, size_t* size) {
       c.blocks.erase(best);
       c.bytes -= found.size;
       *size = found.size;
+      permit(found.data, bytes);
       return found.data;
     }
   }
@@ -125,15 +132,17 @@ void* acquire(size_t bytes, size_t* size) {
     made = map(wanted);
   }
   if (!made) throw std::bad_alloc();
+  forbid(static_cast<char*>(made) + bytes, wanted - bytes);
   return made;
 }
 
 void release(void* block, size_t size) {
   Cache& c = cache();
   if (size > c.limit) {  // would push out everything else and not stay either
-    munmap(block, size);
+    unmap({block, size});
     return;
   }
+  forbid(block, size);
   std::vector<Block> dropped;
   {
     std::lock_guard<std::mutex> lock(c.mutex);
@@ -146,10 +155,8 @@ void release(void* block, size_t size) {
     }
     c.blocks.erase(c.blocks.begin(), c.blocks.begin() + std::ptrdiff_t(oldest));
   }
-  for (const Block& b : dropped) munmap(b.data, b.size);
+  for (const Block& b : dropped) unmap(b);
 }
-
-#endif
 
 void empty_cache() {
   Cache& c = cache();
@@ -159,7 +166,7 @@ void empty_cache() {
     dropped.swap(c.blocks);
     c.bytes = 0;
   }
-  for (const Block& b : dropped) munmap(b.data, b.size);
+  for (const Block& b : dropped) unmap(b);
 }
 
 int64_t cached_bytes() {
