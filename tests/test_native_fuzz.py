@@ -120,7 +120,12 @@ class Trial:
         # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product.
         # Norms divide by their input's deviation, and so magnify what cancels in the gradient of a small one.
         large = max(1, self.magnitude)
-        check(self.case, arguments, cotangents, needs, factor=4 * large, terms=max(large**3, 1 / self.magnitude))
+        terms = max(large**3, 1 / self.magnitude)
+        if CASES[self.case].function == "adapter" and dtype in (torch.bfloat16, torch.float16):
+            # Its sums over D of products in storage are exact by chance in eager once in a thousand cases. Over 150 seeds
+            # the median error of each gradient was 0.5 to 1.0 of eager's.
+            terms *= 16
+        check(self.case, arguments, cotangents, needs, factor=4 * large, terms=terms)
 
 
 WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from((24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 200, 257)))
