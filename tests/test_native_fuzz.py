@@ -117,7 +117,8 @@ class Trial:
         cotangents = [layouts[-1](c) for c in random_cotangents(self.case, arguments, self.seed + 1)]
         cotangents = [None if i in self.absent else c for i, c in enumerate(cotangents)]
         needs = [key for key in values if key not in self.unneeded]
-        # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product.
+        # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product. (Of route at
+        # magnitude 4 in float16, over 100 seeds, the median error was 0.3 to 0.7 of eager's and the worst case 12 of it.)
         # Norms divide by their input's deviation, and so magnify what cancels in the gradient of a small one.
         large = max(1, self.magnitude)
         terms = max(large**3, 1 / self.magnitude)
@@ -125,7 +126,7 @@ class Trial:
             # Its sums over D of products in storage are exact by chance in eager once in a thousand cases. Over 150 seeds
             # the median error of each gradient was 0.5 to 1.0 of eager's.
             terms *= 16
-        check(self.case, arguments, cotangents, needs, factor=4 * large, terms=terms)
+        check(self.case, arguments, cotangents, needs, factor=4 * large**1.5, terms=terms)
 
 
 WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from((24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 200, 257)))
