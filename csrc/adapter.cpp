@@ -64,7 +64,7 @@ struct Adapter {
     AdapterIn a = in;
     a.out = y.mutable_data_ptr();
     auto kernel = TF_KERNEL(adapter_in);
-    parallel(rows, grain_of(channels * 4), row_scratch(x, 1, channels),
+    parallel(rows, grain_of(channels * 4), TF_KERNEL(norm_scratch)(in.type, channels),
              [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
     return y;
   }
@@ -98,7 +98,7 @@ std::tuple<Tensor, Tensor> adapter(Tensor x, Tensor norm_in_weight, Tensor norm_
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, op.width);
   auto kernel = TF_KERNEL(adapter_out);
-  parallel(op.rows, grain_of(op.width * 8), row_scratch(x, 1, op.width),
+  parallel(op.rows, grain_of(op.width * 8), TF_KERNEL(norm_scratch)(op.in.type, op.width),
            [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {out, gate};
 }
@@ -157,7 +157,7 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
   b.grad_weight = sums(kNormOutWeight, op.width);
   b.grad_bias = sums(kNormOutBias, op.width);
   auto out_kernel = TF_KERNEL(adapter_out_backward);
-  parallel(chunks.count, grain_of(chunks.size * op.width * 16), row_scratch(x, 2, op.width),
+  parallel(chunks.count, grain_of(chunks.size * op.width * 16), TF_KERNEL(norm_scratch)(op.in.type, op.width),
            [&](int64_t begin, int64_t end, void* scratch) { out_kernel(b, begin, end, scratch); });
 
   Tensor grad_x;
@@ -177,7 +177,7 @@ std::vector<Tensor> adapter_backward(Tensor grad, Tensor x, Tensor norm_in_weigh
     c.grad_weight = sums(kNormInWeight, op.channels);
     c.grad_bias = sums(kNormInBias, op.channels);
     auto in_kernel = TF_KERNEL(adapter_in_backward);
-    parallel(chunks.count, grain_of(chunks.size * op.channels * 4), row_scratch(x, 2, op.channels),
+    parallel(chunks.count, grain_of(chunks.size * op.channels * 4), TF_KERNEL(norm_scratch)(op.in.type, op.channels),
              [&](int64_t begin, int64_t end, void* scratch) { in_kernel(c, begin, end, scratch); });
   }
 

@@ -127,8 +127,7 @@ std::vector<Tensor> alignment_loss_backward(Tensor grad, Tensor delta, Tensor we
     STD_TORCH_CHECK(slopes->is_contiguous(), "slopes must be as the forward op returned them");
     Sizes strides;
     for (int64_t i = 0; i < slopes->dim(); ++i) strides.push_back(slopes->stride(i));
-    Tensor scaled = summed(*slopes, 1, slopes->numel(), Chunks(1, 1), false, 1, a.scale);
-    return {converted(view(scaled, sizes_of(weights), strides), weights.scalar_type())};
+    return {converted(view(scaled(*slopes, a.scale), sizes_of(weights), strides), weights.scalar_type())};
   }
   std::vector<Tensor> grads;
   if (needed(needs, 0)) {

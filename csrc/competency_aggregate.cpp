@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> competency_aggregate(std::vector<Tensor> experts, Ten
   a.out = out.mutable_data_ptr();
   a.past_caches = past_caches(out, a.width);
   auto kernel = TF_KERNEL(competency_aggregate);
-  parallel(a.batch * a.tokens, grain_of(work(a)), row_scratch(out, 1, a.width),
+  parallel(a.batch * a.tokens, grain_of(work(a)), TF_KERNEL(norm_scratch)(a.type, a.width),
            [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
   return {out, weights};
 }
@@ -97,7 +97,7 @@ std::vector<Tensor> competency_aggregate_backward(std::optional<Tensor> grad, st
     partial(need(members + 2), chunks.count, in_whole_vectors(in.width), sums_weight, a.norm_weight);
     partial(need(members + 3), chunks.count, in_whole_vectors(in.width), sums_bias, a.norm_bias);
     auto kernel = TF_KERNEL(competency_aggregate_backward);
-    parallel(chunks.count, grain_of(chunks.size * work(in)), row_scratch(*grad, 2, in.width),
+    parallel(chunks.count, grain_of(chunks.size * work(in)), TF_KERNEL(norm_scratch)(in.type, in.width),
              [&](int64_t begin, int64_t end, void* scratch) { kernel(a, begin, end, scratch); });
     if (confidences) mixture = summed(sums_mixture, in.batch, members, chunks, true, in.tokens);
   } else {

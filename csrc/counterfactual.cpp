@@ -178,7 +178,7 @@ std::vector<Tensor> gradients(Inputs in, const Optional& grad_full, const Option
     a.grad_target = grad_target.mutable_data_ptr();
   }
   int64_t head_size = of.classes * in_columns(of.width), bias_size = in_whole_vectors(of.classes);
-  Chunks chunks(in.count(), (wanted.head ? head_size : 0) + bias_size);
+  Chunks chunks(in.count(), head_size + bias_size);
   a.chunk = chunks.size;
   Tensor head_sums, bias_sums;
   if (wanted.head) {

@@ -255,12 +255,14 @@ Tensor flattened(const Tensor& t) {
 
 Scratch::Scratch(int64_t bytes) {
   if (posix_memalign(&data_, 64, size_t(bytes))) throw std::bad_alloc();
+  if (poisoned) std::memset(data_, 0xff, size_t(bytes));
 }
 
 Scratch::~Scratch() { std::free(data_); }
 
-int64_t row_scratch(const Tensor& like, int64_t rows, int64_t width) {
-  return rows * in_whole_vectors(width) * int64_t(bytes_of(accumulator_type(like)));
+void Failure::keep() noexcept {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!first_) first_ = std::current_exception();
 }
 
 Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,
@@ -276,8 +278,12 @@ Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks&
          tokens,
          scale};
   auto kernel = TF_KERNEL(sums);
-  parallel(groups * ((size + 1023) / 1024), 8, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
+  parallel(groups * ((size + kSumBlock - 1) / kSumBlock), 8, [&](int64_t begin, int64_t end) { kernel(a, begin, end); });
   return out;
+}
+
+Tensor scaled(const Tensor& t, double factor) {
+  return summed(t, 1, t.numel(), Chunks(1, 1), false, 1, factor);  // sums of one chunk each
 }
 
 namespace {

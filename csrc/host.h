@@ -8,7 +8,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <exception>
 #include <initializer_list>
+#include <mutex>
 #include <optional>
 #include <vector>
 
@@ -111,17 +113,36 @@ void parallel(int64_t count, int64_t grain, const F& f) {
   if (count > 0) torch::stable::parallel_for(0, count, grain < 1 ? 1 : grain, f);
 }
 
+// The first exception of any thread; torch's own parallel_for would say no more than that there was one.
+class Failure {
+ public:
+  void keep() noexcept;  // of a catch block
+  void rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  std::mutex mutex_;
+  std::exception_ptr first_;
+};
+
 // The same with `scratch` bytes of working memory for each range: f(begin, end, memory).
 template <typename F>
 void parallel(int64_t count, int64_t grain, int64_t scratch, const F& f) {
+  Failure failure;
   parallel(count, grain, [&](int64_t begin, int64_t end) {
-    Scratch memory(scratch);
-    f(begin, end, memory.data());
+    try {
+      Scratch memory(scratch);
+      f(begin, end, memory.data());
+    } catch (...) {
+      failure.keep();
+    }
   });
+  failure.rethrow();
 }
 
-// Bytes of `rows` rows that a kernel works in (see Pieces), each of `width` of `like`'s accumulators.
-int64_t row_scratch(const Tensor& like, int64_t rows, int64_t width);
+// `factor` times a dense tensor, of the accumulator type, as (1, elements).
+Tensor scaled(const Tensor& t, double factor);
 
 // `scale` times the sums of `partial`'s slots (see Sums): (groups, size) of the accumulator type.
 Tensor summed(const Tensor& partial, int64_t groups, int64_t size, const Chunks& chunks, bool per_sample,

@@ -163,7 +163,7 @@ std::vector<Tensor> route_backward(std::optional<Tensor> grad_tokens, std::optio
   auto need = [&](int64_t bit) { return needed(needs, bit); };
   STD_TORCH_CHECK(base_bias || !need(kBaseBias), "base_bias is absent, so it has no gradient");
   int64_t count = a.batch * a.tokens, columns = in_whole_vectors(a.rank), row = in_whole_vectors(a.width);
-  Chunks chunks(count, need(kV) ? (a.rank + a.tasks) * row : a.tasks * row);
+  Chunks chunks(count, (a.rank + a.tasks) * row);
   b.chunk = chunks.size;
 
   std::vector<Tensor> grad_experts;

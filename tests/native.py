@@ -71,10 +71,31 @@ def error(value: Tensor, exact: Tensor) -> float:
     return (value.double() - exact).abs().max().item() if value.numel() else 0.0
 
 
+def shaken(arguments: dict, seed: int, rounded_in: torch.dtype) -> dict:
+    """The numbers in float64, each off by at most a rounding in a type."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def one(value: Tensor) -> Tensor:
+        if not value.is_floating_point():
+            return value
+        noise = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 1
+        return value.double() * (1 + SPACING[rounded_in] * noise)
+
+    return transform(one, arguments)
+
+
 def check_one(
-    what: str, value: Tensor, eager: Tensor, exact: Tensor, factor: float, rounded_in: torch.dtype, terms: float
+    what: str,
+    value: Tensor,
+    eager: Tensor,
+    exact: Tensor,
+    factor: float,
+    rounded_in: torch.dtype,
+    terms: float,
+    off: Tensor | None = None,
 ) -> None:
-    """|value - exact| <= factor |eager - exact| + atol, each the largest over the tensor.
+    """|value - exact| <= factor max(|eager - exact|, |off - exact|) + atol, each the largest over the tensor, where `off` is
+    the exact result for slightly different arguments, if it is given.
 
     atol is one spacing of `rounded_in` at the tensor's magnitude, and at a tenth of that of `terms`, for eager is exact
     by chance where few numbers cancel; and rounding of sums in the accumulator at their terms' magnitude."""
@@ -83,6 +104,8 @@ def check_one(
         assert value.shape == exact.shape, what
         return
     scale, worst = exact.abs().max().item(), error(eager, exact)
+    if off is not None:
+        worst = max(worst, error(off, exact))
     # What float64 is compared with was rounded as it was, and a norm's rows of no variance multiply it.
     sums = 4096 * SPACING[torch.float64] if value.dtype == torch.float64 else 128 * SPACING[torch.float32]
     atol = SPACING[rounded_in] * (scale + 0.1 * terms) + sums * (scale + terms)
@@ -98,10 +121,12 @@ def check(
     needs: Iterable[str] | None = None,
     factor: float = 2,
     terms: float = 1,
+    shake: int | None = None,
 ) -> None:
     """Compares values and gradients, three ways: the kernels, the reference in the same types, and in float64.
 
-    `terms` is the magnitude of what is summed."""
+    `terms` is the magnitude of what is summed. With `shake`, a seed, the kernels may also be as far off as rounding the
+    arguments would make any implementation: on arguments that nobody chose, eager is exact by chance now and then."""
     given = random_cotangents(name, arguments) if cotangents is None else cotangents
     outputs, found = run(name, arguments, given, needs=needs)
     eager, eager_found = run(name, arguments, given, "reference", needs)
@@ -110,9 +135,14 @@ def check(
     # beside bfloat16 activations come from products of these.
     floating = [t.dtype for t in tensors(arguments).values() if t.is_floating_point()]
     narrowest = max(floating, key=SPACING.get)
-    for i, values in enumerate(zip(outputs, eager, exact, strict=True)):
-        assert values[0].is_contiguous()
-        check_one(f"{name}: output {i}", *values, factor, narrowest, terms)
+    off, off_found = [None] * len(outputs), {}
+    if shake is not None:
+        numbers = shaken({"cotangents": [c for c in given if c is not None], **arguments}, shake, narrowest)
+        moved = iter(numbers.pop("cotangents"))
+        off, off_found = run(name, numbers, [None if c is None else next(moved) for c in given], "reference", needs)
+    for i, (value, *others) in enumerate(zip(outputs, eager, exact, strict=True)):
+        assert value.is_contiguous()
+        check_one(f"{name}: output {i}", value, *others, factor, narrowest, terms, off[i])
     for key, value in found.items():
         if value is None or exact_found[key] is None:
             assert value is None or not value.any(), f"{name}: {key} must have no gradient"
@@ -120,7 +150,16 @@ def check(
         else:
             assert value.dtype == tensors(arguments)[key].dtype
             other = torch.zeros_like(value) if eager_found[key] is None else eager_found[key]
-            check_one(f"{name}: gradient of {key}", value, other, exact_found[key], factor, narrowest, terms)
+            check_one(
+                f"{name}: gradient of {key}",
+                value,
+                other,
+                exact_found[key],
+                factor,
+                narrowest,
+                terms,
+                off_found.get(key),
+            )
 
 
 # --- operator calls -------------------------------------------------------------------------------------------------

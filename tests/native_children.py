@@ -9,14 +9,16 @@ Each runs in a fork of this process, made before any kernel ran, so torch is imp
 import json
 import multiprocessing
 import os
+import resource
 import sys
 import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
-from helpers import ACTIVATIONS, CASES, call, make, replaced, tensors, transform
+from helpers import ACTIVATIONS, CASES, call, leaves, make, replaced, tensors, transform
 from native import NATIVE_CASES, NATIVE_PLAIN, TYPES, check, guarded, raw_calls
 from torch import Tensor
 
@@ -108,6 +110,51 @@ def keeps_the_rest() -> None:
         functional.leave_one_out(experts, weights, backend="cpu")
         kept.append(ops.cpu_cached_bytes())
     assert kept[0] >= 12 * MIB and kept[1] == kept[0], kept
+
+
+def no_memory_for_a_thread() -> None:
+    """Working memory that cannot be had is an exception that says so, whichever thread asked, and not the process's end."""
+    # The output's block is kept from the first call; the working memory, two rows of 64 MiB, is not.
+    arguments = make("competency_aggregate", torch.float32, B=1, N=1, M=1, D=1 << 24)
+    functional.competency_aggregate(**arguments, backend="cpu")
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 32 * MIB, before[1]))
+    try:
+        functional.competency_aggregate(**arguments, backend="cpu")
+    except (MemoryError, RuntimeError) as error:
+        assert isinstance(error, MemoryError) or "bad_alloc" in str(error), error
+    else:
+        raise AssertionError("the working memory was to be had")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    functional.competency_aggregate(**arguments, backend="cpu")
+
+
+def peaks() -> None:
+    """No call takes memory of the size of its M features beyond its results."""
+
+    def status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+    name = "counterfactual_losses cross_entropy"
+    arguments, wanted = leaves(make(name, torch.float32, B=1, N=4096, M=4, D=512, C=24))
+    small, small_wanted = leaves(make(name, torch.float32, B=1, N=40, M=4, D=512, C=24))
+    features = sum(t.numel() * t.element_size() for t in arguments["experts"])
+
+    def both(values: dict, needed: dict) -> tuple:
+        full, without = call(name, values, backend="cpu")
+        return full, without, *torch.autograd.grad(full.sum() + without.sum(), list(needed.values()))
+
+    both(small, small_wanted)  # what is loaded with the first call
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    results = both(arguments, wanted)
+    taken = status("VmHWM") - before
+    returned = sum(t.numel() * t.element_size() for t in results)
+    assert returned <= taken + 4 * MIB, (returned, taken)
+    assert taken < returned + features / 3, f"{taken >> 20} MiB at the peak, of which results {returned >> 20}"
 
 
 def unreadable_limit() -> None:
@@ -328,6 +375,8 @@ SCENARIOS: dict[str, Callable[[], None]] = {
     **{f"cache of {mebibytes} MiB": keeps_at_most(mebibytes) for mebibytes in (0, 4, 8)},
     "block above the limit": keeps_the_rest,
     "unreadable limit": unreadable_limit,
+    "no memory for a thread": no_memory_for_a_thread,
+    "peak": peaks,
     "fork": forks,
     "fork beside threads": forks_beside_threads,
     "bad input": bad_input,

@@ -159,7 +159,8 @@ def test_the_table_lists_what_runs():
 @pytest.mark.parametrize("name", NATIVE_CASES)
 def test_low_precision_is_no_worse_than_eager(name, dtype, companions):
     other = dtype if companions == "same" else torch.float32
-    check(name, arguments_of(name, dtype, other, D=40, N=19))
+    for classes in (4, 24, 70):  # the last two by register tiles, of half a vector and of whole ones
+        check(name, arguments_of(name, dtype, other, D=40, N=19, C=classes))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -352,12 +353,13 @@ def test_classes_where_the_layout_changes(name, experts, classes):
 
 @pytest.mark.parametrize("name", [name for name in NATIVE_CASES if name.endswith(" ignore")])
 @pytest.mark.parametrize("classes", [4, 90])
-def test_nan_in_tokens_that_do_not_count_reaches_no_gradient(name, classes):
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_nan_in_tokens_that_do_not_count_reaches_no_gradient(name, classes, backend):
     arguments = make(name, torch.float32, N=40, C=classes)
     ignored = arguments["target"] == 1
     assert ignored.any() and not ignored.all()
     cotangents = random_cotangents(name, arguments)
-    clean = run(name, arguments, cotangents)
+    clean = run(name, arguments, cotangents, backend)
 
     def spoil(value: torch.Tensor) -> torch.Tensor:
         return torch.where(ignored.unsqueeze(-1), torch.nan, value)
@@ -366,7 +368,7 @@ def test_nan_in_tokens_that_do_not_count_reaches_no_gradient(name, classes):
         arguments["experts"] = [spoil(e) for e in arguments["experts"]]
     else:
         arguments["projections"] = torch.stack([spoil(p) for p in arguments["projections"].unbind(1)], 1)
-    outputs, found = run(name, arguments, cotangents)
+    outputs, found = run(name, arguments, cotangents, backend)
     assert all(torch.equal(a, b) for a, b in zip(outputs, clean[0], strict=True))
     for key, value in found.items():
         assert torch.equal(value, clean[1][key]), key
@@ -414,6 +416,43 @@ def test_axes_of_rows_that_no_even_step_joins():
     arguments = make("adapter", torch.float32, C=24, D=40)
     arguments["x"] = scattered(torch.randn(4, 5, 3, 2, 24, generator=torch.Generator().manual_seed(0)))
     check("adapter", arguments, [scattered(c) for c in random_cotangents("adapter", arguments)])
+
+
+# What is cut up by size: the head's products by D above 1024, heads above 256 KiB, route's tiles by M D.
+LARGE_ROWS = [
+    ("counterfactual_losses cross_entropy", {"B": 1, "N": 13, "D": 1040, "C": 57}),
+    ("counterfactual_losses bce", {"B": 1, "N": 13, "D": 1040, "C": 24}),
+    ("counterfactual_losses mse", {"B": 1, "N": 13, "D": 2049, "C": 150}),
+    ("route", {"B": 1, "N": 21, "D": 1537, "M": 16, "T": 2}),
+    ("route", {"B": 1, "N": 5, "D": 4100, "M": 16, "T": 1}),
+    ("group_attention", {"B": 1, "N": 3, "D": 4100, "G": 9}),
+    ("adapter", {"B": 1, "N": 40, "D": 4100, "C": 33}),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "sizes"), LARGE_ROWS)
+def test_rows_that_are_cut_up(name, sizes, dtype):
+    check(name, arguments_of(name, dtype, **sizes))
+
+
+# Partial sums so large that there are fewer chunks of tokens.
+LARGE_SUMS = [
+    ("counterfactual_losses cross_entropy", {"B": 1, "N": 300, "D": 512, "C": 300, "M": 2}),
+    ("route", {"B": 1, "N": 300, "D": 768, "R": 256, "T": 2, "M": 2}),
+]
+
+
+@pytest.mark.parametrize(("name", "sizes"), LARGE_SUMS)
+def test_which_gradients_are_wanted_changes_no_bit_of_large_sums(name, sizes):
+    arguments = make(name, torch.float32, **sizes)
+    cotangents = random_cotangents(name, arguments)
+    check(name, arguments, cotangents)
+    _, full = run(name, arguments, cotangents)
+    alone = [key for key in ("scale", "shift", "head_bias", "weights") if full.get(key) is not None]
+    for key in alone:
+        _, found = run(name, arguments, cotangents, needs=[key])
+        assert torch.equal(found[key], full[key]), key
 
 
 def test_samples_of_one_token():
@@ -491,7 +530,8 @@ def threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", NATIVE_CASES)
 def test_results_are_the_same_bit_by_bit_at_any_thread_count(name, dtype, threads):
-    arguments = arguments_of(name, dtype, B=3, N=211, D=48)
+    # Classes for whole register tiles of the head.
+    arguments = arguments_of(name, dtype, B=3, N=211, D=48, C=70)
     cotangents = random_cotangents(name, arguments)
     expected = None
     for count in (1, 2, 3, 8, 2, 1):

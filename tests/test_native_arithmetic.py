@@ -56,7 +56,7 @@ def arithmetic(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
     march = builder.X86_SETS[request.param] if compiler.is_x86_64 else ()
     flags = (
         *builder.COMMON,
-        "-O2",
+        "-O3",
         "-fvisibility=default",
         *builder.KERNEL,
         *march,

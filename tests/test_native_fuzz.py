@@ -117,16 +117,9 @@ class Trial:
         cotangents = [layouts[-1](c) for c in random_cotangents(self.case, arguments, self.seed + 1)]
         cotangents = [None if i in self.absent else c for i, c in enumerate(cotangents)]
         needs = [key for key in values if key not in self.unneeded]
-        # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product. (Of route at
-        # magnitude 4 in float16, over 100 seeds, the median error was 0.3 to 0.7 of eager's and the worst case 12 of it.)
-        # Norms divide by their input's deviation, and so magnify what cancels in the gradient of a small one.
+        # More than on well-behaved numbers: softmaxes of large ones hang on the last bit of a 16-bit product.
         large = max(1, self.magnitude)
-        terms = max(large**3, 1 / self.magnitude)
-        if CASES[self.case].function == "adapter" and dtype in (torch.bfloat16, torch.float16):
-            # Its sums over D of products in storage are exact by chance in eager once in a thousand cases. Over 150 seeds
-            # the median error of each gradient was 0.5 to 1.0 of eager's.
-            terms *= 16
-        check(self.case, arguments, cotangents, needs, factor=4 * large**1.5, terms=terms)
+        check(self.case, arguments, cotangents, needs, factor=4 * large, terms=large**3, shake=self.seed)
 
 
 WIDTHS = st.one_of(st.integers(1, 20), st.sampled_from((24, 31, 32, 33, 48, 63, 64, 65, 96, 100, 127, 128, 200, 257)))
@@ -150,7 +143,7 @@ def trials(draw: st.DrawFn, function: str) -> Trial:
     }
     if CASES[case].choices.get("loss") == "cosine":
         sizes["C"] += 1  # of one class it is 1 or -1, and its gradient such a rest too
-    if function == "adapter":
+    if function in ("adapter", "competency_aggregate"):
         sizes["D"] += 2
     sizes = {key: value for key, value in sizes.items() if key not in fixed}
     # Few tokens where a token is large, so that a case takes milliseconds.

@@ -81,9 +81,10 @@ def counterfactual_losses(
 ) -> tuple[Tensor, Tensor]:
     """TIGER eq. 8 for a linear head: each token's loss in full, and with each expert left out of the mixture."""
     features = torch.stack(tuple(experts), dim=1)
-    if valid is not None:
+    counted = _counted(target, loss, valid, ignore_index)
+    if counted is not None:
         # The head's gradient sums over tokens: what stands in a token that does not count must not reach it.
-        features = torch.where(valid[:, None, :, None], features, 0)
+        features = torch.where(counted[:, None, :, None], features, 0)
     projections = features @ head_weight.to(features.dtype).T
     return counterfactual_losses_from_projections(projections, weights, head_bias, target, loss, valid, ignore_index)
 
@@ -100,11 +101,7 @@ def counterfactual_losses_from_projections(
     """TIGER eq. 8 from P_k = F_k W^T (B, M, N, C): the left-out logits are sums over the other experts' P."""
     acc = accumulator(projections.dtype)
     members = projections.shape[1]
-    counted = valid
-    if loss == "cross_entropy":
-        target = target.to(torch.int64)  # an int32 comparison would wrap a wider ignore_index
-        labelled = target != ignore_index
-        counted = labelled if counted is None else counted & labelled
+    counted = _counted(target, loss, valid, ignore_index)
     if counted is not None:
         # Both factors and the target: 0 * NaN would carry a token that does not count into the others' gradients.
         projections = torch.where(counted[:, None, :, None], projections, 0)
@@ -123,6 +120,14 @@ def counterfactual_losses_from_projections(
     # Copies, because outputs share no memory with each other; they are small.
     dense = torch.contiguous_format
     return losses[:, 0].clone(memory_format=dense), losses[:, 1:].clone(memory_format=dense)
+
+
+def _counted(target: Tensor, loss: str, valid: Tensor | None, ignore_index: int) -> Tensor | None:
+    """The tokens (B, N) that count; None where all do."""
+    if loss != "cross_entropy":
+        return valid
+    labelled = target.to(torch.int64) != ignore_index  # an int32 comparison would wrap a wider ignore_index
+    return labelled if valid is None else valid & labelled
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:

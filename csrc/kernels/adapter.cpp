@@ -66,9 +66,10 @@ TF_INLINE void add(A* dst, int64_t d, Vec<A> x) {
 template <typename S>
 void in_forward(const AdapterIn& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  A* own = (A*)scratch;
+  Pieces pieces{scratch};
+  NormRows<A> own(pieces, a.width);
   for (int64_t r = begin; r < end; ++r) {
-    const A* x = widened(row_of<S>(a.grid, a.x, r), a.width, a.width % L<A> != 0, own);
+    const A* x = widened(row_of<S>(a.grid, a.x, r), a.width, a.width % L<A> != 0, own.x);
     Moments<A>(x, a.width, A(a.eps))
         .apply(x, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
@@ -80,20 +81,20 @@ void in_backward(const AdapterInBackward& a, int64_t begin, int64_t end, void* s
   using A = acc_t<S>;
   const AdapterIn& in = a.inputs;
   Pieces pieces{scratch};
-  A *own = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
+  NormRows<A> own(pieces, in.width);
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* dweight = cleared<A>(a.grad_weight, chunk, in_whole_vectors(in.width));
     A* dbias = cleared<A>(a.grad_bias, chunk, in_whole_vectors(in.width));
     int64_t last = smaller((chunk + 1) * a.chunk, in.grid.rows);
     for (int64_t r = chunk * a.chunk; r < last; ++r) {
-      const A* x = widened(row_of<S>(in.grid, in.x, r), in.width, in.width % L<A> != 0, own);
+      const A* x = widened(row_of<S>(in.grid, in.x, r), in.width, in.width % L<A> != 0, own.x);
       Moments<A>(x, in.width, A(in.eps))
           .backward(x, (const S*)a.grad + r * in.width, (const A*)in.weight, in.width, dweight, dbias,
-                    a.grad_x ? dx : nullptr);
+                    a.grad_x ? own.dx : nullptr);
       if (!a.grad_x) continue;
       S* out = (S*)a.grad_x + r * in.width;
       along<A>(in.width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
-        put(out, d, load(dx + d), partial, n, in.past_caches);
+        put(out, d, load(own.dx + d), partial, n, in.past_caches);
       });
     }
   }
@@ -115,11 +116,12 @@ TF_INLINE void add_up(const AdapterOut& a, int64_t r, acc_t<S>* out) {
 template <typename S>
 void out_forward(const AdapterOut& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  A* own = (A*)scratch;
+  Pieces pieces{scratch};
+  NormRows<A> own(pieces, a.width);
   for (int64_t r = begin; r < end; ++r) {
-    add_up<S>(a, r, own);
-    Moments<A>(own, a.width, A(a.eps))
-        .apply(own, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
+    add_up<S>(a, r, own.x);
+    Moments<A>(own.x, a.width, A(a.eps))
+        .apply(own.x, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
   fence();
 }
@@ -129,7 +131,8 @@ void out_backward(const AdapterOutBackward& a, int64_t begin, int64_t end, void*
   using A = acc_t<S>;
   const AdapterOut& in = a.inputs;
   Pieces pieces{scratch};
-  A *x = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
+  NormRows<A> own(pieces, in.width);
+  A *x = own.x, *dx = own.dx;
   const A* gate_bias = (const A*)in.gate_bias;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* dlinear_bias = cleared<A>(a.grad_linear_bias, chunk, in_whole_vectors(in.width));

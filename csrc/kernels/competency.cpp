@@ -63,12 +63,13 @@ struct Mixture {
 template <typename S>
 void forward(const CompetencyAggregate& a, int64_t begin, int64_t end, void* scratch) {
   using A = acc_t<S>;
-  A* own = (A*)scratch;
+  Pieces pieces{scratch};
+  NormRows<A> own(pieces, a.width);
   Mixture<S> mixture;
   for (int64_t r = begin; r < end; ++r) {
-    mixture.read(a, r, own);
-    Moments<A>(own, a.width, A(a.eps))
-        .apply(own, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
+    mixture.read(a, r, own.x);
+    Moments<A>(own.x, a.width, A(a.eps))
+        .apply(own.x, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
   fence();
 }
@@ -81,7 +82,8 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end, 
   bool any = a.mixture != nullptr;
   for (int k = 0; k < members; ++k) any |= a.grad_experts[k] != nullptr;
   Pieces pieces{scratch};
-  A *x = pieces.take<A>(in.width), *dx = pieces.take<A>(in.width);
+  NormRows<A> own(pieces, in.width);
+  A *x = own.x, *dx = own.dx;
   Mixture<S> mixture;
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* dweight = cleared<A>(a.norm_weight, chunk, in_whole_vectors(in.width));

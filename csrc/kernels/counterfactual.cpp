@@ -119,7 +119,7 @@ struct Across {
 
 // What one range of tokens works in.
 template <typename A>
-struct Scratch {
+struct Working {
   int64_t stride;   // of rows over classes
   int64_t columns;  // the classes in whole vectors
   A* projections;   // of the tile's tokens and experts, by token
@@ -131,7 +131,7 @@ struct Scratch {
   A* features;      // of the tile, as accumulators; then their gradients
   Across<A> across;
 
-  Scratch(const Counterfactual& a, Pieces& pieces) : stride(in_whole_vectors(a.classes)), columns(padded<A>(a.classes)) {
+  Working(const Counterfactual& a, Pieces& pieces) : stride(in_whole_vectors(a.classes)), columns(padded<A>(a.classes)) {
     int64_t rows = tile_of(a) * a.members;
     projections = pieces.take<A>(rows * stride);
     logits = pieces.take<A>((a.members + 1) * stride);
@@ -198,7 +198,7 @@ TF_INLINE A filler(TokenLoss loss) {
 
 // The logits of a token in full and without each expert: sums from both ends meet at the expert that is left out.
 template <typename A>
-TF_INLINE void make_logits(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token, const A* projections) {
+TF_INLINE void make_logits(const Counterfactual& a, const Working<A>& s, const Token<A>& token, const A* projections) {
   int members = int(a.members);
   for (int64_t c = 0; c < s.columns; c += L<A>) {
     Vec<A> behind = {};
@@ -257,7 +257,7 @@ struct Angle {
 
 // losses[i] of the M + 1 rows of logits.
 template <typename A>
-__attribute__((noinline)) void token_losses(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token,
+__attribute__((noinline)) void token_losses(const Counterfactual& a, const Working<A>& s, const Token<A>& token,
                                             A* losses) {
   int rows = int(a.members) + 1;
   const A* t = s.target;
@@ -313,7 +313,7 @@ __attribute__((noinline)) void token_losses(const Counterfactual& a, const Scrat
 
 // Each row of logits becomes its own gradient, times grads[i]; adds the target's to s.grad_target if `to_target`.
 template <typename A>
-__attribute__((noinline)) void token_gradients(const Counterfactual& a, const Scratch<A>& s, const Token<A>& token,
+__attribute__((noinline)) void token_gradients(const Counterfactual& a, const Working<A>& s, const Token<A>& token,
                                                const A* grads, const bool* absent, bool to_target) {
   const A* t = s.target;
   for (int i = 0; i <= a.members; ++i) {
@@ -414,7 +414,7 @@ TF_INLINE void read_target(const Counterfactual& a, const Token<A>& token, A* ou
 // those that forward kept if `recall`; then the features are read only if `features`. skip(index, b, n) is told of
 // other tokens.
 template <typename S, typename Skip>
-TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
+TF_INLINE int read_tile(const Counterfactual& a, const Working<acc_t<S>>& s, int64_t& next, int64_t end, bool recall,
                         bool features, bool whole_vectors, Token<acc_t<S>>* tokens, const acc_t<S>** rows, Skip skip) {
   using A = acc_t<S>;
   int members = int(a.members), most = int(tile_of(a)), count = 0;
@@ -450,7 +450,7 @@ TF_INLINE int read_tile(const Counterfactual& a, const Scratch<acc_t<S>>& s, int
 
 // Turns `there` tokens and their projections; zeros in the other lanes.
 template <typename A>
-TF_INLINE void read_across(const Counterfactual& a, const Scratch<A>& s, const Token<A>* tokens, int there,
+TF_INLINE void read_across(const Counterfactual& a, const Working<A>& s, const Token<A>* tokens, int there,
                            const A* projections) {
   const Across<A>& x = s.across;
   int members = int(a.members), classes = int(a.classes);
@@ -477,7 +477,7 @@ TF_INLINE void read_across(const Counterfactual& a, const Scratch<A>& s, const T
 
 // make_logits; 0 in lanes that hold no token, whatever the bias, so that their gradients are 0.
 template <typename A>
-__attribute__((noinline)) void logits_across(const Counterfactual& a, const Scratch<A>& s, int there) {
+__attribute__((noinline)) void logits_across(const Counterfactual& a, const Working<A>& s, int there) {
   const Across<A>& x = s.across;
   int members = int(a.members), row = int(a.classes) * L<A>;
   auto held = iota<A>() < A(there);
@@ -533,7 +533,7 @@ struct AngleAcross {
 
 // token_losses, into `results`.
 template <typename A>
-__attribute__((noinline)) void losses_across(const Counterfactual& a, const Scratch<A>& s) {
+__attribute__((noinline)) void losses_across(const Counterfactual& a, const Working<A>& s) {
   const Across<A>& x = s.across;
   int classes = int(a.classes), rows = int(a.members) + 1;
   const A* t = x.target;
@@ -575,7 +575,7 @@ __attribute__((noinline)) void losses_across(const Counterfactual& a, const Scra
 
 // token_gradients: each row of logits becomes its own gradient; adds the target's if `to_target`.
 template <typename A>
-__attribute__((noinline)) void gradients_across(const Counterfactual& a, const Scratch<A>& s, const bool* absent,
+__attribute__((noinline)) void gradients_across(const Counterfactual& a, const Working<A>& s, const bool* absent,
                                                 bool to_target) {
   const Across<A>& x = s.across;
   int classes = int(a.classes);
@@ -646,7 +646,7 @@ template <typename S>
 void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) {
   using A = acc_t<S>;
   Pieces pieces{memory};
-  Scratch<A> s(a, pieces);
+  Working<A> s(a, pieces);
   s.read_bias(a);
   int64_t members = a.members;
   A losses[kMaxExperts + 1];
@@ -699,7 +699,7 @@ void forward(const Counterfactual& a, int64_t begin, int64_t end, void* memory) 
 
 // From the gradients of a token's logits: its projections become their own gradients, dw and db are summed up.
 template <typename A>
-TF_INLINE void join_gradients(const CounterfactualBackward& a, const Scratch<A>& s, const Token<A>& token,
+TF_INLINE void join_gradients(const CounterfactualBackward& a, const Working<A>& s, const Token<A>& token,
                               A* projections) {
   int members = int(a.inputs.members);
   Vec<A> dots[kMaxExperts] = {};
@@ -737,7 +737,7 @@ TF_INLINE void read_grads(const CounterfactualBackward& a, const Token<A>& token
 
 // The same of up to L tokens, one in each lane, with all that leads there.
 template <typename A>
-__attribute__((noinline)) void backward_across(const CounterfactualBackward& a, const Scratch<A>& s,
+__attribute__((noinline)) void backward_across(const CounterfactualBackward& a, const Working<A>& s,
                                                const Token<A>* tokens, int there, const bool* absent, A* projections) {
   const Counterfactual& in = a.inputs;
   const Across<A>& x = s.across;
@@ -781,7 +781,7 @@ __attribute__((noinline)) void backward_across(const CounterfactualBackward& a, 
 
 // dF = dP W for those rows of the tile that somebody needs.
 template <typename S>
-TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S>>& s, const Token<acc_t<S>>* tokens,
+TF_INLINE void write_rows(const CounterfactualBackward& a, const Working<acc_t<S>>& s, const Token<acc_t<S>>* tokens,
                           int count) {
   using A = acc_t<S>;
   const Counterfactual& in = a.inputs;
@@ -830,7 +830,7 @@ TF_INLINE void write_rows(const CounterfactualBackward& a, const Scratch<acc_t<S
 
 // sums += dP^T F, in columns of D. `rows`: the tile's features, in whole vectors.
 template <typename A>
-__attribute__((noinline)) void add_to_head(const Counterfactual& in, const Scratch<A>& s, const A* const* rows,
+__attribute__((noinline)) void add_to_head(const Counterfactual& in, const Working<A>& s, const A* const* rows,
                                            int count, A* sums) {
   by_tiles<A>(padded<A>(in.width), [&](int64_t d, auto width) TF_LAMBDA {
     A* column = sums + d / kColumn * kColumn * in.classes + d % kColumn;
@@ -848,7 +848,7 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
   using A = acc_t<S>;
   const Counterfactual& in = a.inputs;
   Pieces pieces{memory};
-  Scratch<A> s(in, pieces);
+  Working<A> s(in, pieces);
   s.read_bias(in);
   int64_t members = in.members, classes = in.classes, tokens_in_all = in.batch * in.tokens;
   bool recall = in.kept != nullptr, few = few_classes(in);
@@ -904,7 +904,7 @@ void backward(const CounterfactualBackward& a, int64_t begin, int64_t end, void*
 
 int64_t counterfactual_scratch(const Counterfactual& a) {
   Pieces pieces{};
-  by_type(a.type, [&](auto s) { Scratch<acc_t<decltype(s)>>(a, pieces); });
+  by_type(a.type, [&](auto s) { Working<acc_t<decltype(s)>>(a, pieces); });
   return pieces.bytes;
 }
 

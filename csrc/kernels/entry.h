@@ -1,6 +1,6 @@
 // The kernels' entry points: each exists once per instruction set, and works on the range [begin, end) of its units.
-// A kernel that takes `scratch` is handed working memory of this range alone: NAME_scratch says how many bytes, or the host
-// counts the rows that the arguments ask for.
+// A kernel that takes `scratch` is handed working memory of this range alone: NAME_scratch says how many bytes, of kernels with
+// a norm norm_scratch.
 #pragma once
 
 #include "group_attention.h"
@@ -34,6 +34,7 @@
   void counterfactual_rows(const CounterfactualPack&, int64_t begin, int64_t end); \
   void leave_one_out(const LeaveOneOut&, int64_t begin, int64_t end); \
   void leave_one_out_backward(const LeaveOneOutBackward&, int64_t begin, int64_t end); \
+  int64_t norm_scratch(Type, int64_t width); \
   int64_t counterfactual_scratch(const Counterfactual&); \
   int64_t route_scratch(const Route&); \
   int64_t route_backward_scratch(const RouteBackward&); \

@@ -35,15 +35,15 @@ struct Cut {
 
   template <typename A>
   static TF_INLINE Cut of(const GroupAttention& a, int rows) {
-    int64_t padded = (a.head + L<A> - 1) / L<A> * L<A>;
-    if (padded * rows > kTile) {
+    int64_t whole = tiger_fast::TIGER_FAST_ISA::padded<A>(a.head);
+    if (whole * rows > kTile) {
       int64_t part = kTile / rows / L<A> * L<A>;
       return {1, part, part};
     }
-    int64_t most = kTile / (padded * rows), scores = kScoreRows / a.members;
+    int64_t most = kTile / (whole * rows), scores = kScoreRows / a.members;
     most = smaller(smaller(most, scores), a.heads);
     int64_t blocks = (a.heads + most - 1) / most;
-    return {int((a.heads + blocks - 1) / blocks), a.head, padded};
+    return {int((a.heads + blocks - 1) / blocks), a.head, whole};
   }
 };
 
@@ -289,7 +289,7 @@ struct Walk {
   TF_INLINE void parts(F f) const {
     for (int64_t c = 0; c < a.head; c += cut.width) {
       int64_t width = smaller(cut.width, a.head - c);
-      f(c, width, (width + L<acc_t<S>> - 1) / L<acc_t<S>> * L<acc_t<S>>);
+      f(c, width, padded<acc_t<S>>(width));
     }
   }
   TF_INLINE int64_t behind(int64_t h, int heads, int64_t c, int64_t width) const {

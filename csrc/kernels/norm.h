@@ -9,6 +9,14 @@
 namespace tiger_fast {
 namespace TIGER_FAST_ISA {
 
+// What a kernel with a norm works in: a row, and its gradient. norm_scratch says how many bytes.
+template <typename A>
+struct NormRows {
+  A *x, *dx;
+
+  TF_INLINE NormRows(Pieces& pieces, int64_t width) : x(pieces.take<A>(width)), dx(pieces.take<A>(width)) {}
+};
+
 template <typename A>
 struct Moments {
   A mean, scale;  // scale = 1 / sqrt(variance + eps)

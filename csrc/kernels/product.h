@@ -13,12 +13,6 @@ namespace TIGER_FAST_ISA {
 constexpr int kTileRows = kRegisters == 32 ? 8 : 4;
 constexpr int kTileVectors = 3;
 
-// Columns of a panel, rounded up to whole vectors.
-template <typename A>
-constexpr int64_t padded(int64_t columns) {
-  return (columns + L<A> - 1) / L<A> * L<A>;
-}
-
 // A register tile's width: VECTORS whole vectors, and half of one behind them if HALF. Processors that take a vector of 64
 // bytes in two steps take half of one in a single step.
 template <int VECTORS, bool HALF = false>

@@ -55,6 +55,12 @@ using Vec = typename vector<A>::type;
 template <typename A>
 constexpr int L = kBytes / int(sizeof(A));
 
+// Elements rounded up to whole vectors of this set.
+template <typename A>
+constexpr int64_t padded(int64_t count) {
+  return (count + L<A> - 1) / L<A> * L<A>;
+}
+
 using vint = Vec<int32_t>;
 using vuint = Vec<uint32_t>;
 using vfloat = Vec<float>;

@@ -8,13 +8,11 @@ namespace TIGER_FAST_ISA {
 
 namespace {
 
-constexpr int64_t kBlock = 1024;  // elements of one unit of work
-
 template <typename A>
 void add_up(const Sums& a, int64_t begin, int64_t end) {
-  int64_t blocks = (a.size + kBlock - 1) / kBlock;
+  int64_t blocks = (a.size + kSumBlock - 1) / kSumBlock;
   for (int64_t i = begin; i < end; ++i) {
-    int64_t g = i / blocks, start = i % blocks * kBlock, stop = smaller(start + kBlock, a.size);
+    int64_t g = i / blocks, start = i % blocks * kSumBlock, stop = smaller(start + kSumBlock, a.size);
     int64_t first = 0, last = a.chunks;
     if (a.per_sample) {
       first = g + g * a.tokens / a.chunk;

@@ -8,7 +8,7 @@ namespace tiger_fast {
 // How [0, count) tokens are cut into chunks: by the sizes alone, never by the threads there are.
 struct Chunks {
   int64_t size, count;
-  // `elements` of partial sums are kept for each chunk.
+  // `elements` of partial sums are kept for each chunk, whether or not all are wanted: what is wanted must not change bits.
   Chunks(int64_t tokens, int64_t elements) {
     constexpr int64_t kMost = 64, kFewest = 4;     // chunks, to feed threads; fewer where their sums are large
     constexpr int64_t kElements = int64_t(8) << 20;  // of all partial sums
@@ -20,6 +20,8 @@ struct Chunks {
     count = (tokens + size - 1) / size;
   }
 };
+
+constexpr int64_t kSumBlock = 1024;  // elements of one unit of work; each group has its own
 
 // out[g] = sum of partial[s] over the slots s of group g, each of `size` elements of the accumulator type. One group has
 // the slots [0, chunks); where there is a group for each sample, sample b has a slot b + c for each chunk c that it meets.

@@ -4,6 +4,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace tiger_fast {
 
 constexpr int kMaxExperts = 16, kMaxTasks = 32, kMaxRank = 256, kMaxGroup = 32;
@@ -47,6 +51,10 @@ struct Small {
   int64_t stride[4];
 };
 
+#if defined(__SANITIZE_ADDRESS__)
+constexpr int64_t kGuard = 64;  // bytes behind each piece that nobody may touch
+#endif
+
 // Working memory, cut into pieces that begin on cache lines. From null they are only counted: the code that lays a kernel's
 // pieces out is the code that says how many bytes the host has to bring.
 struct Pieces {
@@ -57,6 +65,10 @@ struct Pieces {
   inline __attribute__((always_inline)) A* take(int64_t count) {
     A* piece = memory ? (A*)((char*)memory + bytes) : nullptr;
     bytes += in_whole_vectors(count) * int64_t(sizeof(A));
+#if defined(__SANITIZE_ADDRESS__)
+    if (memory) __asan_poison_memory_region((char*)memory + bytes, kGuard);
+    bytes += kGuard;
+#endif
     return piece;
   }
 };

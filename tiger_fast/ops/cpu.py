@@ -65,7 +65,7 @@ def empty_cache() -> None:
     """Returns the memory that the "cpu" backend keeps for later outputs to the system.
 
     It keeps the blocks of outputs of 1 MiB and more that no tensor uses any more, at most TIGER_FAST_CACHE_MIB mebibytes
-    of them, by default 1 GiB or an eighth of the machine's memory, whichever is less.
+    of them, by default 1 GiB or an eighth of the machine's or the container's memory, whichever is less.
     """
     if LOADED:
         torch.ops.tiger_fast.cpu_empty_cache()
