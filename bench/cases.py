@@ -1,6 +1,6 @@
 """What is measured: every function of the contract at a given size, its cost by formula, and who else computes it.
 
-Costs count what any implementation has to do (DESIGN section 2): bytes that must be read or written once if everything
+Costs count what any implementation has to do: bytes that must be read or written once if everything
 else stayed in registers, and operations (a multiply-add is two) after that section's algebra. Real kernels do more.
 """
 
@@ -43,8 +43,8 @@ class Sizes:
         return " ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
 
 
-# DESIGN section 5's CPU shapes, where they differ from the defaults above.
-DESIGN_SIZES = {
+# The shapes that CPU figures are stated for, where they differ from the defaults above.
+STATED_SIZES = {
     "alignment_loss": Sizes(B=8),
     "causal_target": Sizes(B=8),
     "adapter": Sizes(C=768),
@@ -84,12 +84,12 @@ class Case:
 
     Args:
         op: a name among `OPS`.
-        sizes: None: DESIGN section 5's for the op.
+        sizes: None: those of STATED_SIZES.
         keywords: keyword arguments that are not tensors (the loss's name, renormalize).
     """
 
     def __init__(self, op: str, sizes: Sizes | None = None, **keywords: Any) -> None:
-        self.op, self.sizes = op, sizes or DESIGN_SIZES.get(op, Sizes())
+        self.op, self.sizes = op, sizes or STATED_SIZES.get(op, Sizes())
         self.keywords = {**_keywords(op, self.sizes), **keywords}
         draw = torch.Generator().manual_seed(0)
 
@@ -223,7 +223,7 @@ def route_algebra(
     scale: Tensor,
     shift: Tensor,
 ) -> functional.Routed:
-    """`route` by DESIGN section 2's algebra in plain PyTorch, scale and shift shared: no per-task query of width D."""
+    """`route` by the kernels' algebra in plain PyTorch, scale and shift shared: no per-task query of width D."""
     features = torch.stack(experts, dim=1)  # (B, M, N, D)
     base, z = query @ base_weight, query @ u
     projected = features @ torch.cat((v, (base_bias + shift).T), dim=1)  # (B, M, N, R + T)

@@ -1,4 +1,4 @@
-"""`python -m bench.memory`: what each op takes from the system beyond its arguments, at DESIGN section 5's shapes.
+"""`python -m bench.memory`: what each op takes from the system beyond its arguments, at the shapes in cases.py.
 
 Each op and backend runs in a process of its own. The peak is the kernel's high-water mark of resident memory during the
 call (Linux: /proc/self/status VmHWM, reset through /proc/self/clear_refs), less what was resident before; a small call

@@ -1,4 +1,4 @@
-"""`python -m bench.ratios`: every op at DESIGN section 5's shapes against its peers and against the machine's limits."""
+"""`python -m bench.ratios`: every op at the shapes in cases.py against its peers and against the machine's limits."""
 
 import argparse
 import json

@@ -154,7 +154,7 @@ def test_footprint_counts_without_allocating_what_a_case_holds():
 
 
 def test_costs_of_the_design_shape_are_the_designs():
-    # DESIGN section 2's traffic in units of B N D; the small tensors (weights, a head) are under a tenth of a unit.
+    # The traffic in units of B N D; the small tensors (weights, a head) are under a tenth of a unit.
     units = {"leave_one_out": (24, 28), "counterfactual_losses": (4, 8), "group_attention": (16, 28)}
     for op, (forward, backward) in units.items():
         case = Case(op)
