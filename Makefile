@@ -1,8 +1,9 @@
 # Set-up, tests and demo from a fresh clone. Everything is installed into .venv in this folder and nowhere else.
 #
-#   make test PYTEST_ARGS="-n 2 -k packaging"      make demo DEMO_ARGS="--seed 1"      make test PYTHON=python3.12
+#   make test TESTS=tests/test_functional.py PYTEST_ARGS="-k route"      make demo DEMO_ARGS="--seed 1"      make test PYTHON=python3.12
 
 PYTHON ?= python3
+TESTS ?= tests
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
@@ -33,7 +34,7 @@ demo-table: built  ## run the demo with three seeds and write docs/demo.md from 
 	$(PY) -m tiger_fast.training.demo_table runs/demo-0 runs/demo-1 runs/demo-2 --out docs/demo.md
 
 test: built  ## set up, compile csrc/ where a compiler is found, run the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest tests -q -n 2 --dist loadfile $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS) -q -n 2 --dist loadfile $(PYTEST_ARGS)
 
 resume-check: built  ## set up, kill and restart fifty training runs (five minutes)
 	$(PY) -m pytest tests/test_resume.py --slow -s -k fifty

@@ -203,6 +203,7 @@ def build(output: Path, sanitize: str | None = None) -> None:
         # No optimisation: it multiplies the time that the instrumented kernels take to compile, and drops faulty loads
         # whose value is not used before the sanitizer sees them.
         objects, extra = output.parent, ("-O0", "-g1", "-fno-omit-frame-pointer", *SANITIZERS[sanitize])
+    print(f"tiger_fast: compiling csrc/ with {compiler.version.splitlines()[0]}, minutes the first time", flush=True)
     made = compile_all(compiler, torch, objects, extra)
     # Python loads torch's libraries for itself alone (RTLD_LOCAL), so the library has to name the one it needs. By then
     # that one is loaded and is found by its name, so no search path is written into the library on Linux.
@@ -213,6 +214,7 @@ def build(output: Path, sanitize: str | None = None) -> None:
         link += ["-Wl,-z,defs"]
     output.parent.mkdir(parents=True, exist_ok=True)
     run_tool("linking", output, *compiler.command, *map(str, made), *link)
+    print(f"tiger_fast: native CPU kernels in {output}", flush=True)
 
 
 def build_if_possible(output: Path) -> bool:

@@ -42,6 +42,7 @@ bool has(Level wanted) { return wanted == Level::plain; }
 constexpr const char* kNames[] = {"plain", "v3", "v4"};
 
 Level choose() {
+  memory::limit_bytes();  // a wrong setting is an error of the first call, not of the first large one
   if (const char* asked = std::getenv("TIGER_FAST_CPU_LEVEL"); asked && *asked) {
     for (int i = 0; i < 3; ++i)
       if (!std::strcmp(asked, kNames[i])) {

@@ -130,7 +130,10 @@ def test_show_config_lists_every_function_and_backend(second):
 def test_show_config_says_what_is_absent():
     text = tiger_fast.show_config()
     assert all(name in text for name in BACKENDS)
-    assert ("not in this release" in text) == bool(ABSENT)
+    assert ("cpu: not compiled here" in text) == ("cpu" in ABSENT)
+    assert ("triton: not in this release" in text) == ("triton" in ABSENT)
+    with tiger_fast.use_backend("reference"):
+        assert "cpu tensors: reference" in tiger_fast.show_config()
 
 
 @pytest.mark.skipif("cpu" in ABSENT, reason="this installation has no compiled CPU kernels")

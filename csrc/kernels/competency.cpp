@@ -46,14 +46,13 @@ void weigh_backward(const CompetencyWeightsBackward& a, int64_t begin, int64_t e
   }
 }
 
-// Token r's rows, and their mixture.
+// Token (b, n)'s rows, and their mixture.
 template <typename S>
 struct Mixture {
   const S* rows[kMaxExperts];
   const acc_t<S>* weights;
 
-  TF_INLINE void read(const CompetencyAggregate& a, int64_t r, acc_t<S>* out) {
-    int64_t b = r / a.tokens, n = r % a.tokens;
+  TF_INLINE void read(const CompetencyAggregate& a, int64_t b, int64_t n, acc_t<S>* out) {
     weights = (const acc_t<S>*)a.weights + b * a.members;
     for (int k = 0; k < a.members; ++k) rows[k] = row<S>(a.experts[k], b, n);
     mix<true>(rows, weights, int(a.members), a.width, out, false);
@@ -66,8 +65,10 @@ void forward(const CompetencyAggregate& a, int64_t begin, int64_t end, void* scr
   Pieces pieces{scratch};
   NormRows<A> own(pieces, a.width);
   Mixture<S> mixture;
-  for (int64_t r = begin; r < end; ++r) {
-    mixture.read(a, r, own.x);
+  int64_t b = begin / a.tokens, n = begin % a.tokens;
+  for (int64_t r = begin; r < end; ++r, ++n) {
+    if (n == a.tokens) ++b, n = 0;
+    mixture.read(a, b, n, own.x);
     Moments<A>(own.x, a.width, A(a.eps))
         .apply(own.x, (const A*)a.weight, (const A*)a.bias, a.width, (S*)a.out + r * a.width, a.past_caches);
   }
@@ -89,9 +90,10 @@ void backward(const CompetencyAggregateBackward& a, int64_t begin, int64_t end, 
     A* dweight = cleared<A>(a.norm_weight, chunk, in_whole_vectors(in.width));
     A* dbias = cleared<A>(a.norm_bias, chunk, in_whole_vectors(in.width));
     int64_t first = chunk * a.chunk, last = smaller(first + a.chunk, in.batch * in.tokens);
-    for (int64_t r = first; r < last; ++r) {
-      int64_t b = r / in.tokens, n = r % in.tokens;
-      mixture.read(in, r, x);
+    int64_t b = first / in.tokens, n = first % in.tokens;
+    for (int64_t r = first; r < last; ++r, ++n) {
+      if (n == in.tokens) ++b, n = 0;
+      mixture.read(in, b, n, x);
       Moments<A>(x, in.width, A(in.eps))
           .backward(x, row<S>(a.grad, b, n), (const A*)in.weight, in.width, dweight, dbias, any ? dx : nullptr);
       if (a.mixture) {

@@ -24,14 +24,15 @@ struct Moments {
   // The variance in a second pass: a difference of squares would cancel.
   TF_INLINE Moments(const A* x, int64_t width, A eps) {
     Vec<A> total = {}, squares = {};
+    A share = A(1) / A(width);  // of every row the same: one division for all of them
     along<A>(width, [&](int64_t d, auto, int) TF_LAMBDA { total += load(x + d); });
-    mean = sum(total) / A(width);
+    mean = sum(total) * share;
     along<A>(width, [&](int64_t d, auto partial, int n) TF_LAMBDA {
       Vec<A> centred = load(x + d) - mean;
       if constexpr (decltype(partial)::value) centred = first_lanes<A>(centred, n);
       squares += centred * centred;
     });
-    Vec<A> variance = splat(sum(squares) / A(width) + eps);
+    Vec<A> variance = splat(sum(squares) * share + eps);
     scale = A(1) / root(variance)[0];
   }
 
@@ -62,7 +63,7 @@ struct Moments {
       slope += g * h;
     });
     if (!dx) return;
-    A mean_g = sum(level) / A(width), mean_gh = sum(slope) / A(width);
+    A share = A(1) / A(width), mean_g = sum(level) * share, mean_gh = sum(slope) * share;
     along<A>(width, [&](int64_t d, auto, int) TF_LAMBDA {
       // g as it was stored: multiplied anew it would be fused with the subtraction, and not cancel where it should.
       Vec<A> h = (load(x + d) - mean) * scale;

@@ -49,7 +49,7 @@ def _check(backend: str, source: str) -> str:
         raise unknown(f"backend ({source})", backend, BACKENDS)
     if backend not in _NATIVE:
         raise ValueError(
-            f"{source} asks for backend {backend!r}, which tiger_fast {__version__} does not contain; "
+            f"{source} asks for backend {backend!r}, which this installation of tiger_fast {__version__} does not have; "
             f"available here: {', '.join(available_backends())}"
         )
     return backend
@@ -95,7 +95,10 @@ def use_backend(backend: str) -> Iterator[None]:
 def show_config() -> str:
     """A table, as text: for each function of the contract, what each backend runs ("native" or "reference").
 
-    Below it the instruction set of the compiled CPU kernels, and how much memory they keep for later outputs.
+    Below it what calls run on here and now, the instruction set of the compiled CPU kernels, and how much memory they keep.
+
+    Raises:
+        ValueError: where TIGER_FAST_BACKEND names no backend that can run here.
     """
     names = available_backends()
     width = max(map(len, OPS))
@@ -104,9 +107,8 @@ def show_config() -> str:
     for op in OPS:
         cells = ["native" if op in _NATIVE[name] and name != "reference" else "reference" for name in names]
         lines.append(" ".join([f"{op:<{width}}", *(f"{cell:>10}" for cell in cells)]))
-    if cpu.LOADED:
-        lines.append(cpu.describe())
-    absent = [name for name in BACKENDS if name not in names]
-    if absent:
-        lines.append(f"not in this release: {', '.join(absent)}")
+    lines.append(", ".join(f"{device} tensors: {resolve(None, torch.device(device))}" for device in ("cpu", "cuda")))
+    lines.append(cpu.describe() if cpu.LOADED else "cpu: not compiled here")
+    if "triton" not in names:
+        lines.append("triton: not in this release")
     return "\n".join(lines)

@@ -43,11 +43,23 @@ NATIVE: dict[str, Callable] = {
 def _load() -> bool:
     # The variable lets a build with a sanitizer, or of another instruction set, take the place of the installed one.
     if named := os.environ.get("TIGER_FAST_NATIVE_LIBRARY"):
-        torch.ops.load_library(Path(named))
+        try:
+            torch.ops.load_library(Path(named))
+        except OSError as error:
+            raise ImportError(f"TIGER_FAST_NATIVE_LIBRARY is {named!r}: {error}") from error
+        if not torch._C._dispatch_has_kernel_for_dispatch_key("tiger_fast::route", "CPU"):
+            raise ImportError(f"TIGER_FAST_NATIVE_LIBRARY is {named!r}, a library without tiger_fast's kernels")
         return True
-    path = Path(__file__).parents[1] / "_native.abi3.so"
+    package = Path(__file__).parents[1]
+    path = package / "_native.abi3.so"
+    if os.environ.get("TIGER_FAST_BACKEND") == "reference" and not path.exists():
+        return False  # nothing is missing
     if not path.exists():
-        reason = "was installed without its compiled CPU kernels (no C++ compiler was found, or TIGER_FAST_NATIVE=0)"
+        reason = f"has no compiled CPU kernels in {package}"
+        if (package.parent / "csrc").exists():
+            reason += ", a source tree, where `make native` compiles them"
+        else:
+            reason += ": it was installed where no C++ compiler was found, or with TIGER_FAST_NATIVE=0"
     else:
         try:
             torch.ops.load_library(path)
