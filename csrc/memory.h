@@ -3,7 +3,8 @@
 // A fresh large block costs a page fault every 4 KiB, which takes longer than the arithmetic that fills it. Blocks from
 // kSmallest bytes on are mapped in huge pages (madvise), and a block that its last tensor gave back is kept for the next
 // output of about its size. What is kept stays within a limit: TIGER_FAST_CACHE_MIB, else 1 GiB or an eighth of the
-// machine's or the container's memory if that is less; beyond it the oldest blocks return to the system. Smaller blocks are torch's.
+// machine's or the container's memory if that is less; beyond it the oldest blocks return to the system. Smaller blocks
+// are torch's.
 #pragma once
 
 #include <cstddef>
