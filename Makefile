@@ -1,6 +1,7 @@
 # Set-up, tests and demo from a fresh clone. Everything is installed into .venv in this folder and nowhere else.
 #
-#   make test TESTS=tests/test_functional.py PYTEST_ARGS="-k route"      make demo DEMO_ARGS="--seed 1"      make test PYTHON=python3.12
+#   make test TESTS=tests/test_functional.py PYTEST_ARGS="-k route"
+#   make demo DEMO_ARGS="--seed 1"      make test PYTHON=python3.12
 
 PYTHON ?= python3
 TESTS ?= tests

@@ -1,7 +1,7 @@
 """What is measured: every function of the contract at a given size, its cost by formula, and who else computes it.
 
-Costs count what any implementation has to do: bytes that must be read or written once if everything
-else stayed in registers, and operations (a multiply-add is two) after that section's algebra. Real kernels do more.
+Costs count what any implementation has to do: bytes that must be read or written once if everything else stayed in
+registers, and operations (a multiply-add is two) after the kernels' algebra. Real kernels do more.
 """
 
 import dataclasses
@@ -287,10 +287,8 @@ def _losses(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, An
         target = torch.randint(n.C, (n.B, n.N), generator=torch.Generator().manual_seed(2))
     else:
         target = normal(n.B, n.N, n.C).sigmoid()
-        if (
-            keywords["loss"] == "l1"
-        ):  # away from the logits: where both tie but for rounding, the slope's sign is chance
-            target += 20
+        # Away from the logits: where both tie but for rounding, the sign of l1's slope is chance.
+        target = target + 20 if keywords["loss"] == "l1" else target
     return {"weights": weights, "head_bias": normal(n.C), "target": target}
 
 

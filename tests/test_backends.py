@@ -1,5 +1,8 @@
 """The choice of a backend: argument before context before environment before device, and what show_config lists."""
 
+import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -161,3 +164,13 @@ def test_reference_is_always_available():
     assert "reference" in tiger_fast.available_backends()
     assert set(tiger_fast.available_backends()) <= set(BACKENDS)
     assert set(backends._NATIVE["reference"]) == set(FUNCTIONS)
+
+
+@pytest.mark.parametrize("library", ["/nonexistent.so", torch.__file__], ids=["absent", "no library"])
+def test_a_native_library_that_is_named_and_is_none_is_an_import_error_that_names_the_variable(library):
+    environment = os.environ | {
+        "TIGER_FAST_NATIVE_LIBRARY": library,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    done = subprocess.run([sys.executable, "-c", "import tiger_fast"], env=environment, capture_output=True, text=True)
+    assert done.returncode and f"ImportError: TIGER_FAST_NATIVE_LIBRARY is {library!r}" in done.stderr

@@ -133,7 +133,7 @@ def _counted(target: Tensor, loss: str, valid: Tensor | None, ignore_index: int)
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     classes = logits.shape[-1]
     outside = (target < 0) | (target >= classes)
-    index = torch.where(outside, 0, target).expand(logits.shape[:-1])
+    index = torch.where(outside, 0, target).to(torch.int64).expand(logits.shape[:-1])
     picked = logits.gather(-1, index[..., None])[..., 0]
     # A class that does not exist makes its token's loss and gradient NaN: loud, and no read out of bounds.
     return (logits.logsumexp(dim=-1) - picked) * torch.where(outside, math.nan, 1.0).to(logits.dtype)
