@@ -107,7 +107,7 @@ def route(
     check.modulation("shift", shift, query, width)
     if shift.shape[-2] != tasks:
         raise ValueError(f"shift must have scale's T = {tasks} tasks, got {shift.shape[-2]}")
-    implementation = select("route", backend, query.device)
+    implementation = select("route", backend, query)
     with check.autocast(query) as cast:
         query, *members = cast(query, *members)
         return Routed(*implementation(query, members, base_weight, base_bias, u, v, scale, shift))
@@ -135,7 +135,7 @@ def leave_one_out(
     check.beside("weights", weights, members[0], (batch, "T", tokens, len(members)))
     check.between("T of weights", weights.shape[1], check.MAX_TASKS)
     check.flag("renormalize", renormalize)
-    implementation = select("leave_one_out", backend, weights.device)
+    implementation = select("leave_one_out", backend, members[0])
     with check.autocast(members[0]) as cast:
         return implementation(cast(*members), weights, renormalize)
 
@@ -175,7 +175,7 @@ def counterfactual_losses(
     check.parameter("head_weight", head_weight, members[0], ("C", width))
     sizes = batch, len(members), tokens, head_weight.shape[0]
     _check_losses(members[0], sizes, weights, head_bias, target, loss, valid, ignore_index)
-    implementation = select("counterfactual_losses", backend, weights.device)
+    implementation = select("counterfactual_losses", backend, members[0])
     with check.autocast(members[0]) as cast:
         arguments = (cast(*members), weights, head_weight, head_bias, target, loss, valid, ignore_index)
         return CounterfactualLosses(*implementation(*arguments))
@@ -197,7 +197,7 @@ def counterfactual_losses_from_projections(
     projections = check.activation("projections", projections, "B M N C")
     check.between("M of projections", projections.shape[1], check.MAX_EXPERTS)
     _check_losses(projections, tuple(projections.shape), weights, head_bias, target, loss, valid, ignore_index)
-    implementation = select("counterfactual_losses_from_projections", backend, weights.device)
+    implementation = select("counterfactual_losses_from_projections", backend, projections)
     with check.no_autocast(weights):
         return CounterfactualLosses(*implementation(projections, weights, head_bias, target, loss, valid, ignore_index))
 
@@ -244,7 +244,7 @@ def causal_target(delta: Tensor, *, tau: float = 1.0, eps: float = 1e-6, backend
     check.floating("delta", delta)
     check.between("M of delta", check.last("delta", delta), check.MAX_EXPERTS)
     check.temperature(tau, eps)
-    implementation = select("causal_target", backend, delta.device)
+    implementation = select("causal_target", backend, delta)
     with check.no_autocast(delta):
         return implementation(delta, float(tau), float(eps))
 
@@ -280,7 +280,7 @@ def alignment_loss(
     check.flag("detach_target", detach_target)
     if mask is not None:
         check.broadcastable_mask("mask", mask, delta.shape[:-1], delta.device)
-    implementation = select("alignment_loss", backend, delta.device)
+    implementation = select("alignment_loss", backend, delta, weights)
     with check.no_autocast(delta):
         return implementation(delta, weights, float(tau), float(eps), detach_target, mask)
 
@@ -303,7 +303,7 @@ def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, *, backend:
         check.device(name, other, q.device, "q")
     check.between("G of q", q.shape[1], check.MAX_GROUP)
     check.heads(num_heads, q.shape[-1])
-    implementation = select("group_attention", backend, q.device)
+    implementation = select("group_attention", backend, q)
     with check.autocast(q) as cast:
         return implementation(*cast(q, k, v), num_heads)
 
@@ -316,7 +316,7 @@ def group_attention_packed(qkv: Tensor, num_heads: int, *, backend: str | None =
     if qkv.shape[-1] % 3:
         raise ValueError(f"qkv's last dimension must be 3 D, got {qkv.shape[-1]}")
     check.heads(num_heads, qkv.shape[-1] // 3)
-    implementation = select("group_attention_packed", backend, qkv.device)
+    implementation = select("group_attention_packed", backend, qkv)
     with check.autocast(qkv) as cast:
         return implementation(*cast(qkv), num_heads)
 
@@ -363,7 +363,7 @@ def adapter(
     ):
         check.parameter(name, value, x, (size,))
     check.eps(eps)
-    implementation = select("adapter", backend, x.device)
+    implementation = select("adapter", backend, x)
     with check.autocast(x) as cast:
         (x,) = cast(x)
         parameters = (norm_in_weight, norm_in_bias, linear_weight, linear_bias, gate_weight, gate_bias)
@@ -400,7 +400,7 @@ def competency_aggregate(
     check.parameter("norm_weight", norm_weight, members[0], (width,))
     check.parameter("norm_bias", norm_bias, members[0], (width,))
     check.eps(eps)
-    implementation = select("competency_aggregate", backend, members[0].device)
+    implementation = select("competency_aggregate", backend, members[0])
     with check.autocast(members[0]) as cast:
         arguments = (confidence, refined_confidence, norm_weight, norm_bias, float(eps))
         return Aggregated(*implementation(cast(*members), *arguments))
@@ -429,7 +429,7 @@ def confidence_loss(
     """
     values = (confidence, task_loss, refined_confidence, refined_task_loss)
     _check_competency(("confidence", "task_loss", "refined_confidence", "refined_task_loss"), values, eps)
-    implementation = select("confidence_loss", backend, confidence.device)
+    implementation = select("confidence_loss", backend, *values)
     with check.no_autocast(confidence):
         return implementation(*values, float(eps))
 
@@ -448,7 +448,7 @@ def improvement_loss(
         A scalar, float32 (float64 if any argument is).
     """
     _check_competency(("confidence", "refined_confidence"), (confidence, refined_confidence), eps)
-    implementation = select("improvement_loss", backend, confidence.device)
+    implementation = select("improvement_loss", backend, confidence, refined_confidence)
     with check.no_autocast(confidence):
         return implementation(confidence, refined_confidence, float(eps))
 

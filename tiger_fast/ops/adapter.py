@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 
 
 def _fake(
@@ -41,22 +41,23 @@ define(f"adapter_backward(Tensor grad, {_INPUTS}, Tensor gate, int needs) -> Ten
 
 class _Adapter(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, eps: float, *inputs: Tensor) -> Tensor:
+    def forward(ctx, namespace: str, eps: float, *inputs: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.eps = eps
-        out, gate = torch.ops.tiger_fast.adapter(*inputs, eps)
+        out, gate = kernels(namespace).adapter(*inputs, eps)
         ctx.save_for_backward(*inputs, gate)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad[1:]
+        needs = ctx.needs_input_grad[2:]
         if grad is None:
-            return (None,) * (1 + len(needs))
+            return (None,) * (2 + len(needs))
         *inputs, gate = ctx.saved_tensors
-        found = torch.ops.tiger_fast.adapter_backward(grad, *inputs, ctx.eps, gate, mask(needs))
-        return None, *spread(needs, found)
+        found = kernels(ctx.namespace).adapter_backward(grad, *inputs, ctx.eps, gate, mask(needs))
+        return None, None, *spread(needs, found)
 
 
 def adapter(
@@ -70,7 +71,8 @@ def adapter(
     norm_out_weight: Tensor,
     norm_out_bias: Tensor,
     eps: float,
+    namespace: str = NAMESPACE,
 ) -> Tensor:
     """`tiger_fast.functional.adapter` by compiled kernels; arguments as in `tiger_fast.reference`."""
     parameters = (norm_in_weight, norm_in_bias, linear_weight, linear_bias, gate_weight, gate_bias)
-    return _Adapter.apply(eps, x, *parameters, norm_out_weight, norm_out_bias)
+    return _Adapter.apply(namespace, eps, x, *parameters, norm_out_weight, norm_out_bias)

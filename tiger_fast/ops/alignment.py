@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, spread, wanted
 from tiger_fast.ops.library import mask as bits
 from tiger_fast.reference import accumulator
 
@@ -55,27 +55,31 @@ define(
 
 class _CausalTarget(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, delta: Tensor, tau: float, eps: float) -> Tensor:
+    def forward(ctx, namespace: str, delta: Tensor, tau: float, eps: float) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.settings = tau, eps
         ctx.save_for_backward(delta)
-        return torch.ops.tiger_fast.causal_target(delta, tau, eps)
+        return kernels(namespace).causal_target(delta, tau, eps)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return None, None, None
+            return None, None, None, None
         (delta,) = ctx.saved_tensors
-        return torch.ops.tiger_fast.causal_target_backward(grad, delta, *ctx.settings), None, None
+        return None, kernels(ctx.namespace).causal_target_backward(grad, delta, *ctx.settings), None, None
 
 
 class _AlignmentLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool) -> Tensor:
+    def forward(
+        ctx, namespace: str, delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool
+    ) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.settings = tau, eps
-        loss, counted, slopes = torch.ops.tiger_fast.alignment_loss(delta, weights, tau, eps, mask, keep)
+        loss, counted, slopes = kernels(namespace).alignment_loss(delta, weights, tau, eps, mask, keep)
         ctx.save_for_backward(delta, weights, mask, counted, slopes if keep else None)
         return loss
 
@@ -83,26 +87,32 @@ class _AlignmentLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 6
+            return (None,) * 7
         delta, weights, mask, counted, slopes = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
-        found = torch.ops.tiger_fast.alignment_loss_backward(
+        needs = ctx.needs_input_grad[1:3]
+        found = kernels(ctx.namespace).alignment_loss_backward(
             grad, delta, weights, *ctx.settings, mask, counted, slopes, bits(needs)
         )
-        return *spread(needs, found), None, None, None, None
+        return None, *spread(needs, found), None, None, None, None
 
 
-def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
+def causal_target(delta: Tensor, tau: float, eps: float, namespace: str = NAMESPACE) -> Tensor:
     """`tiger_fast.functional.causal_target` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _CausalTarget.apply(delta, tau, eps)
+    return _CausalTarget.apply(namespace, delta, tau, eps)
 
 
 def alignment_loss(
-    delta: Tensor, weights: Tensor, tau: float, eps: float, detach_target: bool, mask: Tensor | None
+    delta: Tensor,
+    weights: Tensor,
+    tau: float,
+    eps: float,
+    detach_target: bool,
+    mask: Tensor | None,
+    namespace: str = NAMESPACE,
 ) -> Tensor:
     """`tiger_fast.functional.alignment_loss` by a compiled kernel; arguments as in `tiger_fast.reference`."""
     if detach_target:
         delta = delta.detach()
     # With the target held fixed, the usual case, the forward has the gradient at hand, and it is as small as the weights.
     keep = torch.is_grad_enabled() and weights.requires_grad and not delta.requires_grad
-    return _AlignmentLoss.apply(delta, weights, tau, eps, mask, keep)
+    return _AlignmentLoss.apply(namespace, delta, weights, tau, eps, mask, keep)

@@ -5,11 +5,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from tiger_fast import reference
 from tiger_fast._extras import unknown
 from tiger_fast._version import __version__
-from tiger_fast.ops import cpu
+from tiger_fast.ops import cpu, triton
 
 BACKENDS = ("reference", "cpu", "triton")
 
@@ -33,7 +34,11 @@ OPS = (
 _NATIVE: dict[str, dict[str, Callable]] = {"reference": {name: getattr(reference, name) for name in OPS}}
 if cpu.LOADED:
     _NATIVE["cpu"] = cpu.NATIVE
+if triton.missing() is None:
+    _NATIVE["triton"] = triton.NATIVE
 _DEFAULTS = {"cpu": "cpu", "cuda": "triton"}  # by device type; torch calls ROCm devices cuda too
+
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if triton.INTERPRETED else ("cuda",)}
 
 # Set by use_backend. A plain global, which torch.compile guards on.
 _forced: str | None = None
@@ -48,9 +53,10 @@ def _check(backend: str, source: str) -> str:
     if backend not in BACKENDS:
         raise unknown(f"backend ({source})", backend, BACKENDS)
     if backend not in _NATIVE:
+        reason = f" ({triton.missing()})" if backend == "triton" else ""
         raise ValueError(
-            f"{source} asks for backend {backend!r}, which this installation of tiger_fast {__version__} does not have; "
-            f"available here: {', '.join(available_backends())}"
+            f"{source} asks for backend {backend!r}, which this installation of tiger_fast {__version__} does not "
+            f"have{reason}; available here: {', '.join(available_backends())}"
         )
     return backend
 
@@ -72,9 +78,25 @@ def resolve(backend: str | None, device: torch.device) -> str:
     return default if default in _NATIVE else "reference"
 
 
-def select(op: str, backend: str | None, device: torch.device) -> Callable:
-    """The implementation of `op` for a backend's name (None: the default) and the device of its inputs."""
-    return _NATIVE[resolve(backend, device)].get(op) or _NATIVE["reference"][op]
+def select(op: str, backend: str | None, *inputs: Tensor) -> Callable:
+    """The implementation of `op` for a backend's name (None: the default) and its inputs' device and types.
+
+    Raises:
+        ValueError: for a backend that does not run on the inputs' device.
+        TypeError: for one that does not run on their type, if it was asked for by name.
+    """
+    device = inputs[0].device
+    chosen = resolve(backend, device)
+    native = _NATIVE[chosen].get(op)
+    if native is None or chosen == "reference":
+        return _NATIVE["reference"][op]
+    if device.type not in _DEVICES[chosen]:
+        raise ValueError(f"backend {chosen!r} runs on {' and '.join(_DEVICES[chosen])} tensors, got one on {device}")
+    if chosen == "triton" and any(t.dtype == torch.float64 for t in inputs):
+        if backend is None and _forced is None and not os.environ.get("TIGER_FAST_BACKEND"):
+            return _NATIVE["reference"][op]
+        raise TypeError("backend 'triton' runs float32, bfloat16 and float16, got float64; backend='reference' has it")
+    return native
 
 
 @contextmanager
@@ -110,5 +132,5 @@ def show_config() -> str:
     lines.append(", ".join(f"{device} tensors: {resolve(None, torch.device(device))}" for device in ("cpu", "cuda")))
     lines.append(cpu.describe() if cpu.LOADED else "cpu: not compiled here")
     if "triton" not in names:
-        lines.append("triton: not in this release")
+        lines.append(f"triton: not here, {triton.missing()}")
     return "\n".join(lines)

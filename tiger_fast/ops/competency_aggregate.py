@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 from tiger_fast.reference import accumulator
 
 
@@ -50,11 +50,12 @@ define(
 
 class _CompetencyAggregate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, eps: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx, namespace: str, eps: float, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.eps = eps
         *experts, confidence, refined_confidence, norm_weight, norm_bias = inputs
-        features, weights = torch.ops.tiger_fast.competency_aggregate(
+        features, weights = kernels(namespace).competency_aggregate(
             experts, confidence, refined_confidence, norm_weight, norm_bias, eps
         )
         ctx.save_for_backward(*inputs, weights)
@@ -65,18 +66,18 @@ class _CompetencyAggregate(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = list(ctx.needs_input_grad[1:])
+        needs = list(ctx.needs_input_grad[2:])
         if grad is None:
             through = [False] * (len(needs) - 4) + [grad_weights is not None] * 2 + [False] * 2
             needs = [a and b for a, b in zip(needs, through, strict=True)]
         if not any(needs):
-            return (None,) * (1 + len(needs))
+            return (None,) * (2 + len(needs))
         *experts, confidence, refined_confidence, norm_weight, norm_bias, weights = ctx.saved_tensors
         parameters = (confidence, refined_confidence, norm_weight, norm_bias)
-        found = torch.ops.tiger_fast.competency_aggregate_backward(
+        found = kernels(ctx.namespace).competency_aggregate_backward(
             grad, grad_weights, experts, *parameters, ctx.eps, weights, mask(needs)
         )
-        return None, *spread(needs, found)
+        return None, None, *spread(needs, found)
 
 
 def competency_aggregate(
@@ -86,6 +87,7 @@ def competency_aggregate(
     norm_weight: Tensor,
     norm_bias: Tensor,
     eps: float,
+    namespace: str = NAMESPACE,
 ) -> tuple[Tensor, Tensor]:
     """`tiger_fast.functional.competency_aggregate` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _CompetencyAggregate.apply(eps, *experts, confidence, refined_confidence, norm_weight, norm_bias)
+    return _CompetencyAggregate.apply(namespace, eps, *experts, confidence, refined_confidence, norm_weight, norm_bias)

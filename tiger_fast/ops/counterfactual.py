@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 from tiger_fast.reference import TOKEN_LOSSES, accumulator
 
 # The compiled library knows a loss by its place in this order.
@@ -91,6 +91,7 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        namespace: str,
         keep: bool,
         loss: int,
         ignore_index: int,
@@ -102,8 +103,9 @@ class _FromExperts(torch.autograd.Function):
         *experts: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.loss, ctx.ignore_index = loss, ignore_index
-        full, without, kept = torch.ops.tiger_fast.counterfactual_losses(
+        full, without, kept = kernels(namespace).counterfactual_losses(
             experts, weights, head_weight, head_bias, target, loss, valid, ignore_index, keep
         )
         ctx.save_for_backward(kept if keep else None, valid, weights, head_weight, head_bias, target, *experts)
@@ -112,13 +114,13 @@ class _FromExperts(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_full: Tensor | None, grad_without: Tensor | None) -> tuple[Tensor | None, ...]:
-        *_, for_weights, for_head, for_bias, for_target = ctx.needs_input_grad[:8]
-        for_experts = ctx.needs_input_grad[8:]
+        *_, for_weights, for_head, for_bias, for_target = ctx.needs_input_grad[:9]
+        for_experts = ctx.needs_input_grad[9:]
         if grad_full is None and grad_without is None:
-            return (None,) * (8 + len(for_experts))
+            return (None,) * (9 + len(for_experts))
         kept, valid, weights, head_weight, head_bias, target, *experts = ctx.saved_tensors
         needs = (*for_experts, for_weights, for_head, for_bias, for_target)
-        found = torch.ops.tiger_fast.counterfactual_losses_backward(
+        found = kernels(ctx.namespace).counterfactual_losses_backward(
             grad_full,
             grad_without,
             kept,
@@ -133,13 +135,14 @@ class _FromExperts(torch.autograd.Function):
             mask(needs),
         )
         *grad_experts, grad_weights, grad_head, grad_bias, grad_target = spread(needs, found)
-        return None, None, None, None, grad_weights, grad_head, grad_bias, grad_target, *grad_experts
+        return None, None, None, None, None, grad_weights, grad_head, grad_bias, grad_target, *grad_experts
 
 
 class _FromProjections(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx,
+        namespace: str,
         loss: int,
         ignore_index: int,
         valid: Tensor | None,
@@ -149,9 +152,10 @@ class _FromProjections(torch.autograd.Function):
         target: Tensor,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.loss, ctx.ignore_index = loss, ignore_index
         ctx.save_for_backward(valid, projections, weights, head_bias, target)
-        return torch.ops.tiger_fast.counterfactual_losses_from_projections(
+        return kernels(namespace).counterfactual_losses_from_projections(
             projections, weights, head_bias, target, loss, valid, ignore_index
         )
 
@@ -159,10 +163,10 @@ class _FromProjections(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_full: Tensor | None, grad_without: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_full is None and grad_without is None:
-            return (None,) * 7
+            return (None,) * 8
         valid, projections, weights, head_bias, target = ctx.saved_tensors
-        needs = ctx.needs_input_grad[3:]
-        found = torch.ops.tiger_fast.counterfactual_losses_from_projections_backward(
+        needs = ctx.needs_input_grad[4:]
+        found = kernels(ctx.namespace).counterfactual_losses_from_projections_backward(
             grad_full,
             grad_without,
             projections,
@@ -174,7 +178,7 @@ class _FromProjections(torch.autograd.Function):
             ctx.ignore_index,
             mask(needs),
         )
-        return None, None, None, *spread(needs, found)
+        return None, None, None, None, *spread(needs, found)
 
 
 def counterfactual_losses(
@@ -186,6 +190,7 @@ def counterfactual_losses(
     loss: str,
     valid: Tensor | None,
     ignore_index: int,
+    namespace: str = NAMESPACE,
 ) -> tuple[Tensor, Tensor]:
     """`tiger_fast.functional.counterfactual_losses` by a compiled kernel; arguments as in `tiger_fast.reference`."""
     differentiable = (*experts, weights, head_weight, head_bias, target)
@@ -194,7 +199,7 @@ def counterfactual_losses(
     row = len(experts) * head_weight.shape[0] * accumulator(experts[0].dtype).itemsize
     keep = wants and row <= experts[0].shape[-1] * experts[0].element_size()
     return _FromExperts.apply(
-        keep, _LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts
+        namespace, keep, _LOSSES[loss], ignore_index, valid, weights, head_weight, head_bias, target, *experts
     )
 
 
@@ -206,6 +211,9 @@ def counterfactual_losses_from_projections(
     loss: str,
     valid: Tensor | None,
     ignore_index: int,
+    namespace: str = NAMESPACE,
 ) -> tuple[Tensor, Tensor]:
     """`counterfactual_losses` from projections, likewise."""
-    return _FromProjections.apply(_LOSSES[loss], ignore_index, valid, projections, weights, head_bias, target)
+    return _FromProjections.apply(
+        namespace, _LOSSES[loss], ignore_index, valid, projections, weights, head_bias, target
+    )

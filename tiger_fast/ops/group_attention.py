@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -34,44 +34,46 @@ define("group_attention_packed_backward(Tensor grad, Tensor qkv, int num_heads) 
 
 class _GroupAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    def forward(ctx, namespace: str, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.num_heads = num_heads
         ctx.save_for_backward(q, k, v)
-        return torch.ops.tiger_fast.group_attention(q, k, v, num_heads)
+        return kernels(namespace).group_attention(q, k, v, num_heads)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return (None,) * 4
-        needs = ctx.needs_input_grad[:3]
-        found = torch.ops.tiger_fast.group_attention_backward(grad, *ctx.saved_tensors, ctx.num_heads, mask(needs))
-        return *spread(needs, found), None
+            return (None,) * 5
+        needs = ctx.needs_input_grad[1:4]
+        found = kernels(ctx.namespace).group_attention_backward(grad, *ctx.saved_tensors, ctx.num_heads, mask(needs))
+        return None, *spread(needs, found), None
 
 
 class _GroupAttentionPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, qkv: Tensor, num_heads: int) -> Tensor:
+    def forward(ctx, namespace: str, qkv: Tensor, num_heads: int) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.num_heads = num_heads
         ctx.save_for_backward(qkv)
-        return torch.ops.tiger_fast.group_attention_packed(qkv, num_heads)
+        return kernels(namespace).group_attention_packed(qkv, num_heads)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx, grad: Tensor | None) -> tuple[None, Tensor | None, None]:
         if grad is None:
-            return None, None
+            return None, None, None
         (qkv,) = ctx.saved_tensors
-        return torch.ops.tiger_fast.group_attention_packed_backward(grad, qkv, ctx.num_heads), None
+        return None, kernels(ctx.namespace).group_attention_packed_backward(grad, qkv, ctx.num_heads), None
 
 
-def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, namespace: str = NAMESPACE) -> Tensor:
     """`tiger_fast.functional.group_attention` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _GroupAttention.apply(q, k, v, num_heads)
+    return _GroupAttention.apply(namespace, q, k, v, num_heads)
 
 
-def group_attention_packed(qkv: Tensor, num_heads: int) -> Tensor:
+def group_attention_packed(qkv: Tensor, num_heads: int, namespace: str = NAMESPACE) -> Tensor:
     """`tiger_fast.functional.group_attention_packed` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _GroupAttentionPacked.apply(qkv, num_heads)
+    return _GroupAttentionPacked.apply(namespace, qkv, num_heads)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 
 
 def _fake(experts: Sequence[Tensor], weights: Tensor, renormalize: bool) -> Tensor:
@@ -29,25 +29,26 @@ define(
 
 class _LeaveOneOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, renormalize: bool, weights: Tensor, *experts: Tensor) -> Tensor:
+    def forward(ctx, namespace: str, renormalize: bool, weights: Tensor, *experts: Tensor) -> Tensor:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         ctx.renormalize = renormalize
         ctx.save_for_backward(weights, *experts)
-        return torch.ops.tiger_fast.leave_one_out(experts, weights, renormalize)
+        return kernels(namespace).leave_one_out(experts, weights, renormalize)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor | None) -> tuple[Tensor | None, ...]:
-        _, for_weights, *for_experts = ctx.needs_input_grad
+        _, _, for_weights, *for_experts = ctx.needs_input_grad
         if grad is None:
-            return (None,) * (2 + len(for_experts))
+            return (None,) * (3 + len(for_experts))
         weights, *experts = ctx.saved_tensors
         needs = (*for_experts, for_weights)
-        found = torch.ops.tiger_fast.leave_one_out_backward(grad, experts, weights, ctx.renormalize, mask(needs))
+        found = kernels(ctx.namespace).leave_one_out_backward(grad, experts, weights, ctx.renormalize, mask(needs))
         *grad_experts, grad_weights = spread(needs, found)
-        return None, grad_weights, *grad_experts
+        return None, None, grad_weights, *grad_experts
 
 
-def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool) -> Tensor:
+def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool, namespace: str = NAMESPACE) -> Tensor:
     """`tiger_fast.functional.leave_one_out` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _LeaveOneOut.apply(renormalize, weights, *experts)
+    return _LeaveOneOut.apply(namespace, renormalize, weights, *experts)

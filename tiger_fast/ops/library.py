@@ -1,7 +1,8 @@
 """The torch.library namespace `tiger_fast`, and what the ops' autograd.Functions share.
 
 Schemas and shape functions are defined here in Python, so they exist whether or not a compiled backend does; a backend
-adds its kernels to them under its dispatch key.
+adds its kernels to them under its dispatch key: CPU for csrc/, CUDA for kernels/. Triton's interpreter runs the latter
+on CPU tensors, whose key is taken, so where it is on, every op has a twin in a namespace of its own.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -11,12 +12,17 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-LIBRARY = torch.library.Library("tiger_fast", "DEF")
+NAMESPACE = "tiger_fast"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+# What `define` was called with, by the op's name.
+DEFINED: dict[str, tuple[str, Callable]] = {}
 
 
-def define(schema: str, fake: Callable) -> None:
+def define(schema: str, fake: Callable, library: torch.library.Library = LIBRARY) -> None:
     """Defines an op, "name(arguments) -> results", and the function that gives its results' shapes."""
     name = schema.partition("(")[0]
+    DEFINED[name] = schema, fake
 
     @wraps(fake)
     def on_one_device(*arguments: object) -> object:
@@ -26,8 +32,13 @@ def define(schema: str, fake: Callable) -> None:
             raise RuntimeError(f"tiger_fast::{name} takes tensors of one device, got {sorted(map(str, devices))}")
         return fake(*arguments)
 
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    torch.library.register_fake(f"tiger_fast::{name}", on_one_device, lib=LIBRARY)
+    library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"{library.ns}::{name}", on_one_device, lib=library)
+
+
+def kernels(namespace: str) -> object:
+    """The ops of a namespace."""
+    return getattr(torch.ops, namespace)
 
 
 def mask(needs: Iterable[bool]) -> int:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tiger_fast.ops.library import define, mask, spread, wanted
+from tiger_fast.ops.library import NAMESPACE, define, kernels, mask, spread, wanted
 from tiger_fast.reference import accumulator
 
 _PARAMETERS = "Tensor base_weight, Tensor? base_bias, Tensor u, Tensor v, Tensor scale, Tensor shift"
@@ -63,24 +63,25 @@ define(
 
 class _Route(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(ctx, namespace: str, query: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
+        ctx.namespace = namespace
         *parameters, experts = *rest[:6], rest[6:]
-        tokens, weights, base, z = torch.ops.tiger_fast.route(query, experts, *parameters)
+        tokens, weights, base, z = kernels(namespace).route(query, experts, *parameters)
         ctx.save_for_backward(weights, base, z, query, *rest)
         return tokens, weights
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_tokens: Tensor | None, grad_weights: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs = ctx.needs_input_grad
+        needs = ctx.needs_input_grad[1:]
         if grad_tokens is None and grad_weights is None:
-            return (None,) * len(needs)
+            return (None,) * (1 + len(needs))
         weights, base, z, query, *rest = ctx.saved_tensors
-        found = torch.ops.tiger_fast.route_backward(
+        found = kernels(ctx.namespace).route_backward(
             grad_tokens, grad_weights, query, rest[6:], *rest[:6], weights, base, z, mask(needs)
         )
-        return tuple(spread(needs, found))
+        return None, *spread(needs, found)
 
 
 def route(
@@ -92,6 +93,7 @@ def route(
     v: Tensor,
     scale: Tensor,
     shift: Tensor,
+    namespace: str = NAMESPACE,
 ) -> tuple[Tensor, Tensor]:
     """`tiger_fast.functional.route` by a compiled kernel; arguments as in `tiger_fast.reference`."""
-    return _Route.apply(query, base_weight, base_bias, u, v, scale, shift, *experts)
+    return _Route.apply(namespace, query, base_weight, base_bias, u, v, scale, shift, *experts)

@@ -1,0 +1,55 @@
+"""Device functions that kernels share."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def stride(encoded, ALIGN: tl.constexpr):
+    """A stride out of a tuple made by `launch.strides`, known to be a multiple of ALIGN (`launch.alignment`)."""
+    return tl.multiple_of((encoded.to(tl.int64) - 3) >> 1, ALIGN)
+
+
+@triton.jit
+def rows(strides, first, second, ALIGN: tl.constexpr):
+    """Offsets along a tensor's first two dimensions."""
+    return first * stride(strides[0], ALIGN) + second * stride(strides[1], ALIGN)
+
+
+@triton.jit
+def rows_of(program, tokens, BLOCK_N: tl.constexpr):
+    """The sample, the tokens (BLOCK_N) and which of them exist, for a program of a grid of samples x blocks of tokens."""
+    blocks = tl.cdiv(tokens, BLOCK_N)
+    sample = program // blocks
+    token = (program % blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return sample, token, token < tokens
+
+
+@triton.jit
+def sum_of_others(tiles, factors, k: tl.constexpr, GROUP: tl.constexpr, totals):
+    """sum over j != k of factors[j] tiles[j], by addition alone: what is left out never enters.
+
+    tiles: a tuple of (rows, width); factors: a tuple of (rows), float32. `totals` are the sums over groups of GROUP
+    consecutive ones (`totals_of`), so that the cost of all k grows with M (GROUP + M / GROUP) and not with M^2."""
+    result = tl.zeros(tiles[k].shape, tl.float32)
+    for g in tl.static_range(len(totals)):
+        if g != k // GROUP:
+            result += totals[g]
+    for j in tl.static_range(len(tiles)):
+        if j // GROUP == k // GROUP and j != k:
+            result += factors[j][:, None] * tiles[j].to(tl.float32)
+    return result
+
+
+@triton.jit
+def totals_of(tiles, factors, GROUP: tl.constexpr):
+    """The sums of factors[j] tiles[j] over groups of GROUP consecutive j; none where there is one group."""
+    totals = ()
+    if len(tiles) > GROUP:
+        for g in tl.static_range((len(tiles) + GROUP - 1) // GROUP):
+            total = tl.zeros(tiles[0].shape, tl.float32)
+            for j in tl.static_range(len(tiles)):
+                if j // GROUP == g:
+                    total += factors[j][:, None] * tiles[j].to(tl.float32)
+            totals = totals + (total,)
+    return totals

@@ -1,0 +1,58 @@
+"""The "triton" backend: the kernels of kernels/, on CUDA and ROCm tensors, or on CPU tensors in Triton's interpreter."""
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
+
+import torch
+
+from tiger_fast.ops.leave_one_out import leave_one_out
+from tiger_fast.ops.library import DEFINED, LIBRARY, define
+
+# Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
+_MODULES = {
+    "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
+}
+
+# What these kernels run; everything else runs the reference.
+NATIVE: dict[str, Callable] = {
+    "leave_one_out": leave_one_out,
+}
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+# Triton reads this when it is imported: kernels are interpreted, in numpy, on CPU tensors.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def missing() -> str | None:
+    """Why this installation cannot run the kernels, and what would mend it; None if it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install 'tiger_fast[triton]'"
+    if INTERPRETED or torch.cuda.is_available():
+        return None
+    return "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+
+
+def _implementation(module: str, name: str) -> Callable:
+    def run(*arguments: object) -> object:
+        return getattr(import_module(f"tiger_fast.kernels.{module}"), name)(*arguments)
+
+    return run
+
+
+def _register(library: torch.library.Library, key: str) -> None:
+    for module, names in _MODULES.items():
+        for name in names:
+            library.impl(name, _implementation(module, name), key)
+
+
+_register(LIBRARY, "CUDA")
+if INTERPRETED:
+    _INTERPRETED = torch.library.Library("tiger_fast_interpreted", "DEF")
+    for _schema, _fake in tuple(DEFINED.values()):
+        define(_schema, _fake, _INTERPRETED)
+    _register(_INTERPRETED, "CPU")
+    NATIVE = {name: partial(function, namespace=_INTERPRETED.ns) for name, function in NATIVE.items()}
