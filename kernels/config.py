@@ -44,13 +44,15 @@ ARCHITECTURES = {
 class Config:
     """How a kernel is launched.
 
-    rows: tokens of a program's tile; width: channels (or classes) of a step; group: what a kernel says it is."""
+    rows: tokens of a program's tile; width: channels (or classes) of a step; group and one_pass: what a
+    kernel says they are."""
 
     rows: int
     width: int
     num_warps: int
     num_stages: int = 2
     group: int = 1
+    one_pass: bool = False
 
 
 _assumed: str | None = None
@@ -154,3 +156,13 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     width = even_width(D, 128)
     elements = (1024 if M <= 4 else 512) // (itemsize // 2)
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+
+
+@heuristic
+def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, R: int) -> Config:
+    # Sums in float32 of BLOCK_R + BLOCK_T + 1 columns for each of a group's experts, beside M BLOCK_T logits.
+    threads = 128
+    rows = 16
+    columns = max(16, R) + max(16, T)
+    group = max(1, min(M, 64 * threads // (rows * columns)))
+    return Config(rows=rows, width=even_width(D, 64), num_warps=threads // arch.warp, num_stages=2, group=group)

@@ -53,3 +53,42 @@ def totals_of(tiles, factors, GROUP: tl.constexpr):
                     total += factors[j][:, None] * tiles[j].to(tl.float32)
             totals = totals + (total,)
     return totals
+
+
+@triton.jit
+def softmax_of(logits):
+    """The softmax over a tuple of tensors, element by element."""
+    largest = logits[0]
+    for k in tl.static_range(1, len(logits)):
+        largest = tl.maximum(largest, logits[k])
+    terms = ()
+    total = tl.zeros(logits[0].shape, tl.float32)
+    for k in tl.static_range(len(logits)):
+        term = tl.exp(logits[k] - largest)
+        total += term
+        terms = terms + (term,)
+    result = ()
+    for k in tl.static_range(len(logits)):
+        result = result + (terms[k] / total,)
+    return result
+
+
+@triton.jit
+def dot_wide(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b for `a` of the activation type and `b` float32, with little of b's precision lost.
+
+    bfloat16: b is the sum of two bfloat16 numbers, to 2^-17. float16: both as tf32, whose exponents hold what float16's
+    do not. float32: by PRECISION."""
+    if a.dtype == tl.bfloat16:
+        high = b.to(tl.bfloat16)
+        total = tl.dot(a, high, total)
+        return tl.dot(a, (b - high.to(tl.float32)).to(tl.bfloat16), total)
+    return tl.dot(a.to(tl.float32), b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def dot_like(a, b, total, PRECISION: tl.constexpr):
+    """total + a @ b in the type of both if they share one, else in float32 by PRECISION."""
+    if a.dtype == b.dtype and a.dtype != tl.float32:
+        return tl.dot(a, b, total)
+    return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)

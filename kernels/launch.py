@@ -14,7 +14,9 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _mend_interpreter() -> None:
-    # A scalar is an array of one element in the interpreter of Triton 3.6, and numpy 2.4 takes none as a loop's bound.
+    # Two faults of the interpreter in Triton 3.6. A scalar is an array of one element there, which numpy 2.4 no longer
+    # takes as a loop's bound; and a product of bfloat16 tiles, which it keeps as uint16, multiplies their bits.
+    import numpy as np
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -24,6 +26,17 @@ def _mend_interpreter() -> None:
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
     interpreter._patch_lang_tensor = patched
+    multiply = interpreter.InterpreterBuilder.create_dot
+
+    def as_float(tile: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if tile.dtype.scalar != tl.bfloat16 or tile.data.dtype != np.uint16:
+            return tile
+        return interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self: object, a: object, b: object, *rest: object) -> object:
+        return multiply(self, as_float(a), as_float(b), *rest)
+
+    interpreter.InterpreterBuilder.create_dot = create_dot
 
 
 if INTERPRETED:
@@ -112,3 +125,10 @@ def alignment(*tensors: Tensor) -> int:
 def power(size: int) -> int:
     """The next power of two from `size` on."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def precision(dtype: torch.dtype) -> str:
+    """`input_precision` of float32 products: tf32 beside 16-bit activations, whose rounding is coarser or equal; IEEE
+    beside float32, unless torch's own setting allows tf32."""
+    allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed else "ieee"

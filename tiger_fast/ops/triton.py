@@ -10,14 +10,17 @@ import torch
 
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
+from tiger_fast.ops.route import route
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
+    "route": ("route",),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "route": route,
     "leave_one_out": leave_one_out,
 }
 
