@@ -159,10 +159,8 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
 
 
 @heuristic
-def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, R: int) -> Config:
-    # Sums in float32 of BLOCK_R + BLOCK_T + 1 columns for each of a group's experts, beside M BLOCK_T logits.
-    threads = 128
-    rows = 16
-    columns = max(16, R) + max(16, T)
-    group = max(1, min(M, 64 * threads // (rows * columns)))
-    return Config(rows=rows, width=even_width(D, 64), num_warps=threads // arch.warp, num_stages=2, group=group)
+def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
+    # Sums in float32 of W columns for each of a group's experts: at most 64 of a thread's registers.
+    threads, rows = 128, 16
+    group = max(1, min(M, 64 * threads // (rows * W)))
+    return Config(rows, even_width(D, 128 // itemsize), threads // arch.warp, num_stages=3, group=group)

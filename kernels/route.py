@@ -4,19 +4,23 @@ With base = q W0 / sqrt(D), z = q U / sqrt(D), u_k = V^T F_k and c_t = (b0 + h_t
 
     s_tk = base . F_k + sum_r z_r g_tr u_kr + c_t . F_k        w_t = softmax over k of s_t        f_t = sum_k w_tk F_k
 
-so the wide products, q [W0 | U] and F [V | c], do not grow with the number of tasks: a further one costs M (R + D)
-multiply-adds a token.
+The last two terms of s are one product, with the factors [V | c] (D, W) made beforehand by `_factors`, and one small one:
+
+    P_k = F_k [V | c]        s_k = base . F_k + ([z | 1] o P_k) [g | I]^T
+
+so the wide products do not grow with the number of tasks: a further one costs M (R + D) multiply-adds a token. Beside
+16-bit activations c has two columns a task, c rounded and the rest, so that it counts to 16 bits or more.
 
 Two designs, chosen by `config.route`:
 - product, then fused: base and z come from the library's matrix product. In units of B N D elements: 2 + M read (q, base,
   experts), 1 + T written.
 - one pass: base is made a tile at a time from q and W0, and used while it is on chip: 1 + M read, T written, and 1 more
-  where the backward is to have base. W0 is read once a program, from L2; worth it where programs take many tokens.
+  for the backward. W0 is read once a program, from L2, so it is for programs of many tokens.
 
 Layout: query (B, N, D), experts M x (B, N, D), tokens (B, T, N, D), weights (B, T, N, M). A program takes BLOCK_N tokens
 of a sample and sweeps the channels twice: once for the logits, which stay in registers for all tasks and experts, and,
 when the weights are in their output, once for the mixtures, each tile of the experts serving all tasks. The second sweep
-finds the experts in L2: a program's are BLOCK_N M D elements, which the first sweep asks the cache to keep.
+is to find the experts in L2: a program's are BLOCK_N M D elements, which the first sweep asks the cache to keep.
 """
 
 import math
@@ -28,47 +32,109 @@ import triton.language as tl
 from torch import Tensor
 
 from tiger_fast.kernels import config
-from tiger_fast.kernels.device import dot_like, dot_wide, rows, rows_of, softmax_of
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
+from tiger_fast.kernels.device import dot_like, rows, rows_of, softmax_of, stride
+from tiger_fast.kernels.launch import alignment, dense, fine_precision, kernel, launch, power, precision, strides
 
 
-@triton.jit
-def shift_tile(
+@kernel
+def _factors(
+    v_ptr,
     shift_ptr,
     shift_strides,
     bias_ptr,
-    sample,
-    task,
-    column,
-    factor,
+    factors_ptr,
+    factor: tl.float32,
     T: tl.constexpr,
     D: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
     BIAS: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
-    """c_t for all tasks: (BLOCK_T, BLOCK_D) in float32; 0 beyond the tasks and channels that exist."""
-    inside = (task < T)[:, None] & (column < D)[None, :]
-    offsets = rows(shift_strides, sample, task, 1)[:, None] + column[None, :]
-    shift = tl.load(shift_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    program = tl.program_id(0).to(tl.int64)
+    sample = program // tl.cdiv(D, BLOCK_D)
+    channel = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = tl.arange(0, W)
+    exists = (channel < D)[:, None]
+    in_v = exists & (column < R)[None, :]
+    v = tl.load(v_ptr + channel[:, None] * R + column[None, :], mask=in_v, other=0.0).to(tl.float32)
+    task = (column - R) % T
+    in_shift = exists & ((column >= R) & (column < R + 2 * T))[None, :]
+    offsets = rows(shift_strides, sample, task, 1)[None, :] + channel[:, None]
+    shift = tl.load(shift_ptr + offsets, mask=in_shift, other=0.0).to(tl.float32)
     if BIAS:
-        bias = tl.load(bias_ptr + column, mask=column < D, other=0.0).to(tl.float32)
-        shift = tl.where(inside, shift + bias[None, :], 0.0)
-    return shift * factor
+        shift += tl.load(bias_ptr + channel, mask=channel < D, other=0.0).to(tl.float32)[:, None]
+    shift *= factor
+    dtype = factors_ptr.dtype.element_ty
+    # What rounding took away stands in the second T columns: nothing, for float32.
+    shift = tl.where((column < R + T)[None, :], shift, shift - shift.to(dtype).to(tl.float32))
+    result = tl.where(in_v, v, tl.where(in_shift, shift, 0.0))
+    to = (sample * D + channel)[:, None] * W + column[None, :]
+    tl.store(factors_ptr + to, result.to(dtype), mask=exists)
 
 
 @triton.jit
-def _logits(
+def load_multipliers(
+    z_ptr,
+    scale_ptr,
+    scale_strides,
+    sample,
+    row,
+    exists,
+    T: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    """[z | 1], (BLOCK_N, W), and [g | I]^T, (W, BLOCK_T), in float32."""
+    column = tl.arange(0, W)
+    task = tl.arange(0, BLOCK_T)
+    in_z = exists[:, None] & (column < R)[None, :]
+    z = tl.load(z_ptr + row[:, None] * R + column[None, :], mask=in_z, other=0.0).to(tl.float32)
+    z = tl.where((column < R)[None, :], z, 1.0)
+    in_scale = (column < R)[:, None] & (task < T)[None, :]
+    offsets = rows(scale_strides, sample, task, 1)[None, :] + column[:, None]
+    scale = tl.load(scale_ptr + offsets, mask=in_scale, other=0.0).to(tl.float32)
+    shifted = (column - R)[:, None]
+    identity = (task < T)[None, :] & ((shifted == task[None, :]) | (shifted == task[None, :] + T))
+    return z, tl.where(identity, 1.0, scale)
+
+
+@triton.jit
+def _make_base(
+    query_ptr,
+    query_rows,
+    weight_ptr,
+    exists,
+    column,
+    D: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    # A tile (BLOCK_N, BLOCK_C) of query @ weight, weight (D, COLUMNS).
+    total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        inner = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        in_query = exists[:, None] & (inner < D)[None, :]
+        query = tl.load(query_ptr + query_rows[:, None] + inner[None, :], mask=in_query, other=0.0)
+        in_weight = (inner < D)[:, None] & (column < COLUMNS)[None, :]
+        weight = tl.load(weight_ptr + inner[:, None] * COLUMNS + column[None, :], mask=in_weight, other=0.0)
+        total = dot_like(query, weight, total, PRECISION)
+    return total
+
+
+@triton.jit
+def _products(
     query_ptr,
     query_rows,
     expert_ptrs,
     expert_strides,
     base_weight_ptr,
-    v_ptr,
-    shift_ptr,
-    shift_strides,
-    bias_ptr,
+    factors_ptr,
     base_ptr,
-    z,
-    scale,
     sample,
     token,
     exists,
@@ -76,62 +142,41 @@ def _logits(
     factor,
     FIRST: tl.constexpr,
     SIZE: tl.constexpr,
-    T: tl.constexpr,
     D: tl.constexpr,
-    R: tl.constexpr,
-    BIAS: tl.constexpr,
+    W: tl.constexpr,
     ONE_PASS: tl.constexpr,
-    KEEP: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
 ):
-    # The logits (BLOCK_N, BLOCK_T) of experts FIRST to FIRST + SIZE, a tuple, from one sweep over the channels.
-    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    dtype = expert_ptrs[0].dtype.element_ty
-    rank = tl.arange(0, BLOCK_R)
-    task = tl.arange(0, BLOCK_T)
-    dots, lows, adds = (), (), ()
+    # base . F_k (BLOCK_N) and P_k (BLOCK_N, W) of experts FIRST to FIRST + SIZE, from one sweep over the channels.
+    dots, products = (), ()
     for _ in tl.static_range(SIZE):
         dots = dots + (tl.zeros((BLOCK_N,), tl.float32),)
-        lows = lows + (tl.zeros((BLOCK_N, BLOCK_R), tl.float32),)
-        adds = adds + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-    for chunk in range(CHUNKS):
+        products = products + (tl.zeros((BLOCK_N, W), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
+        base_tile = base_ptr + row[:, None] * D + column[None, :]
         if ONE_PASS:
-            base = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            for step in range(CHUNKS):
-                inner = step * BLOCK_D + tl.arange(0, BLOCK_D)
-                in_query = exists[:, None] & (inner < D)[None, :]
-                query = tl.load(query_ptr + query_rows[:, None] + inner[None, :], mask=in_query, other=0.0)
-                in_weight = (inner < D)[:, None] & (column < D)[None, :]
-                weight_tile = base_weight_ptr + inner[:, None] * D + column[None, :]
-                base = dot_like(query, tl.load(weight_tile, mask=in_weight, other=0.0), base, PRECISION)
-            base = (base * factor).to(dtype)
-            if KEEP:
-                tl.store(base_ptr + row[:, None] * D + column[None, :], base, mask=inside)
+            base = _make_base(
+                query_ptr, query_rows, base_weight_ptr, exists, column, D, D, PRECISION, BLOCK_N, BLOCK_D, BLOCK_D
+            )
+            base = (base * factor).to(base_ptr.dtype.element_ty)
+            tl.store(base_tile, base, mask=inside)
         else:
-            base = tl.load(base_ptr + row[:, None] * D + column[None, :], mask=inside, other=0.0)
-        in_v = (column < D)[:, None] & (rank < R)[None, :]
-        v = tl.load(v_ptr + column[:, None] * R + rank[None, :], mask=in_v, other=0.0)
-        shift = tl.trans(shift_tile(shift_ptr, shift_strides, bias_ptr, sample, task, column, factor, T, D, BIAS))
-        new_dots, new_lows, new_adds = (), (), ()
+            base = tl.load(base_tile, mask=inside, other=0.0)
+        factors_tile = factors_ptr + column[:, None] * W + tl.arange(0, W)[None, :]
+        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
+        new_dots, new_products = (), ()
         for i in tl.static_range(SIZE):
             offsets = rows(expert_strides[FIRST + i], sample, token, ALIGN)[:, None] + column[None, :]
             expert = tl.load(expert_ptrs[FIRST + i] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
             new_dots = new_dots + (dots[i] + tl.sum(base.to(tl.float32) * expert.to(tl.float32), axis=1),)
-            new_lows = new_lows + (dot_like(expert, v, lows[i], PRECISION),)
-            new_adds = new_adds + (dot_wide(expert, shift, adds[i], PRECISION),)
-        dots, lows, adds = new_dots, new_lows, new_adds
-    logits = ()
-    for i in tl.static_range(SIZE):
-        logit = tl.dot(z * lows[i], scale, adds[i], input_precision=PRECISION) + dots[i][:, None]
-        logits = logits + (logit,)
-    return logits
+            new_products = new_products + (dot_like(expert, factors, products[i], PRECISION),)
+        dots, products = new_dots, new_products
+    return dots, products
 
 
 @kernel
@@ -142,12 +187,10 @@ def _forward(
     expert_strides,
     base_weight_ptr,
     u_ptr,
-    v_ptr,
     scale_ptr,
     scale_strides,
-    shift_ptr,
-    shift_strides,
-    bias_ptr,
+    factors_ptr,
+    factors_strides,
     tokens_ptr,
     weights_ptr,
     base_ptr,
@@ -157,11 +200,11 @@ def _forward(
     T: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
-    BIAS: tl.constexpr,
+    W: tl.constexpr,
     ONE_PASS: tl.constexpr,
-    KEEP: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
+    FINE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -170,48 +213,30 @@ def _forward(
 ):
     M: tl.constexpr = len(expert_ptrs)
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
-    dtype = expert_ptrs[0].dtype.element_ty
     sample, token, exists = rows_of(tl.program_id(0).to(tl.int64), tokens, BLOCK_N)
     row = sample * tokens + token
-    rank = tl.arange(0, BLOCK_R)
     task = tl.arange(0, BLOCK_T)
+    factors_ptr += sample * stride(factors_strides[0], 16)
 
     query_rows = rows(query_strides, sample, token, ALIGN)
-    in_z = exists[:, None] & (rank < R)[None, :]
     if ONE_PASS:
-        low = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-        for chunk in range(CHUNKS):
-            column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-            inside = exists[:, None] & (column < D)[None, :]
-            query = tl.load(query_ptr + query_rows[:, None] + column[None, :], mask=inside, other=0.0)
-            in_u = (column < D)[:, None] & (rank < R)[None, :]
-            u = tl.load(u_ptr + column[:, None] * R + rank[None, :], mask=in_u, other=0.0)
-            low = dot_like(query, u, low, PRECISION)
-        z = (low * factor).to(dtype)
-        if KEEP:
-            tl.store(z_ptr + row[:, None] * R + rank[None, :], z, mask=in_z)
-    else:
-        z = tl.load(z_ptr + row[:, None] * R + rank[None, :], mask=in_z, other=0.0)
-    z = z.to(tl.float32)
-    in_scale = (rank < R)[:, None] & (task < T)[None, :]
-    scale_rows = rows(scale_strides, sample, task, 1)
-    scale = tl.load(scale_ptr + scale_rows[None, :] + rank[:, None], mask=in_scale, other=0.0).to(tl.float32)
+        rank = tl.arange(0, BLOCK_R)
+        z_tile = _make_base(query_ptr, query_rows, u_ptr, exists, rank, D, R, PRECISION, BLOCK_N, BLOCK_D, BLOCK_R)
+        in_z = exists[:, None] & (rank < R)[None, :]
+        tl.store(z_ptr + row[:, None] * R + rank[None, :], (z_tile * factor).to(z_ptr.dtype.element_ty), mask=in_z)
+        tl.debug_barrier()  # it is read again below, by other threads
+    z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, T, R, W, BLOCK_T)
 
     logits = ()
     for group in tl.static_range((M + GROUP - 1) // GROUP):
-        logits = logits + _logits(
+        dots, products = _products(
             query_ptr,
             query_rows,
             expert_ptrs,
             expert_strides,
             base_weight_ptr,
-            v_ptr,
-            shift_ptr,
-            shift_strides,
-            bias_ptr,
+            factors_ptr,
             base_ptr,
-            z,
-            scale,
             sample,
             token,
             exists,
@@ -219,19 +244,18 @@ def _forward(
             factor,
             group * GROUP,
             min(GROUP, M - group * GROUP),
-            T,
             D,
-            R,
-            BIAS,
+            W,
             ONE_PASS,
-            KEEP,
             ALIGN,
             PRECISION,
             BLOCK_N,
             BLOCK_D,
-            BLOCK_R,
-            BLOCK_T,
         )
+        for i in tl.static_range(len(dots)):
+            logit = tl.zeros((BLOCK_N, BLOCK_T), tl.float32) + dots[i][:, None]
+            logits = logits + (tl.dot(z * products[i], scale, logit, input_precision=FINE),)
+
     weights = softmax_of(logits)
     in_weights = exists[:, None] & (task < T)[None, :]
     weight_rows = ((sample * T + task)[None, :] * tokens + token[:, None]) * M
@@ -246,21 +270,51 @@ def _forward(
         tiles = ()
         for m in tl.static_range(M):
             offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-            tiles = tiles + (tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_first"),)
+            tile = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
+            tiles = tiles + (tile,)
         for t in range(T):
             mixed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             weight_row = ((sample * T + t) * tokens + token) * M
             for m in tl.static_range(M):
                 weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
                 mixed += weight[:, None] * tiles[m].to(tl.float32)
-            offsets = ((sample * T + t) * tokens + token)[:, None] * D + column[None, :]
-            tl.store(tokens_ptr + offsets, mixed.to(dtype), mask=inside, eviction_policy="evict_first")
+            to = ((sample * T + t) * tokens + token)[:, None] * D + column[None, :]
+            tl.store(tokens_ptr + to, mixed.to(tokens_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
 def per_sample(modulation: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """(T, X) or (B, T, X), and strides over (B, T, X), 0 over B where it is shared."""
     modulation = dense(modulation)
     return modulation, strides(modulation if modulation.dim() == 3 else modulation.expand(2, -1, -1))
+
+
+def make_factors(
+    v: Tensor, shift: Tensor, base_bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, tuple[int, ...]]:
+    """[V | c] as (1 or B, D, W), W a power of two, and its strides, 0 over B where it is shared."""
+    width, rank = v.shape
+    tasks, samples = shift.shape[-2], shift.shape[0] if shift.dim() == 3 else 1
+    shift, shift_strides = per_sample(shift)
+    factors = v.new_empty((samples, width, max(16, power(rank + 2 * tasks))), dtype=dtype)
+    block = max(1, 4096 // factors.shape[-1])
+    launch(
+        _factors,
+        samples * triton.cdiv(width, block),
+        v.contiguous(),
+        shift,
+        shift_strides,
+        shift if base_bias is None else base_bias.contiguous(),
+        factors,
+        1 / math.sqrt(width),
+        T=tasks,
+        D=width,
+        R=rank,
+        W=factors.shape[-1],
+        BIAS=base_bias is not None,
+        BLOCK_D=block,
+        num_warps=4,
+    )
+    return factors, strides(factors if shift.dim() == 3 else factors.expand(2, -1, -1))
 
 
 def route(
@@ -277,21 +331,22 @@ def route(
     batch, tokens, width = query.shape
     dtype, members, tasks, rank = query.dtype, len(experts), scale.shape[-2], u.shape[1]
     query, experts = dense(query), tuple(map(dense, experts))
-    base_weight, u, v = (p.to(dtype).contiguous() for p in (base_weight, u, v))
+    base_weight, u = (p.to(dtype).contiguous() for p in (base_weight, u))
     scale, scale_strides = per_sample(scale)
-    shift, shift_strides = per_sample(shift)
     mixtures = query.new_empty((batch, tasks, tokens, width))
     weights = query.new_empty((batch, tasks, tokens, members), dtype=torch.float32)
     base = query.new_empty((batch, tokens, width))
     z = query.new_empty((batch, tokens, rank))
+    if not base.numel():
+        return mixtures, weights, base, z
+    factors, factors_strides = make_factors(v, shift, base_bias, dtype)
     factor = 1 / math.sqrt(width)
-    c = config.choose("route", query.device, dtype, D=width, M=members, T=power(tasks), R=power(rank))
-    one_pass = c.group >= members and c.one_pass
+    c = config.choose("route", query.device, dtype, D=width, M=members, T=power(tasks), W=factors.shape[-1])
+    one_pass = c.one_pass and c.group >= members
     if not one_pass:
-        rows = query.reshape(batch * tokens, width)
-        for product, factors in ((base, base_weight), (z, u)):
-            flat = product.view(batch * tokens, -1)
-            torch.addmm(flat, rows, factors, beta=0, alpha=factor, out=flat)
+        flat = query.reshape(batch * tokens, width)
+        for product, factor_of in ((base.view(-1, width), base_weight), (z.view(-1, rank), u)):
+            torch.addmm(product, flat, factor_of, beta=0, alpha=factor, out=product)
     launch(
         _forward,
         batch * triton.cdiv(tokens, c.rows),
@@ -301,12 +356,10 @@ def route(
         tuple(map(strides, experts)),
         base_weight,
         u,
-        v,
         scale,
         scale_strides,
-        shift,
-        shift_strides,
-        u if base_bias is None else base_bias.contiguous(),
+        factors,
+        factors_strides,
         mixtures,
         weights,
         base,
@@ -316,11 +369,11 @@ def route(
         T=tasks,
         D=width,
         R=rank,
-        BIAS=base_bias is not None,
+        W=factors.shape[-1],
         ONE_PASS=one_pass,
-        KEEP=True,
         ALIGN=alignment(query, *experts),
         PRECISION=precision(dtype),
+        FINE=fine_precision(dtype),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_R=max(16, power(rank)),
