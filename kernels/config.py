@@ -44,14 +44,15 @@ ARCHITECTURES = {
 class Config:
     """How a kernel is launched.
 
-    rows: tokens of a program's tile; width: channels (or classes) of a step; group and one_pass: what a
-    kernel says they are."""
+    rows: tokens of a program's tile; width: channels (or classes) of a step; columns, group and one_pass: what a kernel
+    says they are."""
 
     rows: int
     width: int
     num_warps: int
     num_stages: int = 2
     group: int = 1
+    columns: int = 64
     one_pass: bool = False
 
 
@@ -136,9 +137,9 @@ def reload() -> None:
 
 
 def even_width(size: int, limit: int) -> int:
-    """The power of two up to `limit`, and not under 16, that pads `size` least; the largest of equals."""
-    widths = [w for w in (16, 32, 64, 128, 256, 512, 1024) if w <= limit] or [16]
-    return min(widths, key=lambda w: (-(-size // w) * w, -w)) if size > 16 else 16
+    """The power of two from 32 to `limit` that pads `size` least, the largest of equals; less only where `size` is."""
+    widths = [w for w in (32, 64, 128, 256, 512, 1024) if w <= limit]
+    return min(widths, key=lambda w: (-(-size // w) * w, -w)) if size > 32 else max(16, power(size))
 
 
 @heuristic
@@ -160,7 +161,20 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # Sums in float32 of W columns for each of a group's experts: at most 64 of a thread's registers.
+    # Sums in float32 of up to 64 columns for each of a group's experts: at most 32 of a thread's registers.
     threads, rows = 128, 16
-    group = max(1, min(M, 64 * threads // (rows * W)))
+    group = max(1, min(M, 32 * threads // (rows * min(64, W))))
     return Config(rows, even_width(D, 128 // itemsize), threads // arch.warp, num_stages=3, group=group)
+
+
+@heuristic
+def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
+    # M gradients' tiles in float32 beside M experts': 8 + 4 of a thread's registers for each at 4 warps.
+    threads, rows = (128 if M <= 4 else 256), 16
+    group = max(1, min(M, 32 * threads // (rows * min(64, W))))
+    return Config(rows, even_width(D, 128 // itemsize), threads // arch.warp, num_stages=2, group=group)
+
+
+@heuristic
+def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
+    return Config(rows=32, width=even_width(D, 64), num_warps=128 // arch.warp, num_stages=3)

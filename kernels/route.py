@@ -81,13 +81,12 @@ def load_multipliers(
     sample,
     row,
     exists,
+    column,
     T: tl.constexpr,
     R: tl.constexpr,
-    W: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """[z | 1], (BLOCK_N, W), and [g | I]^T, (W, BLOCK_T), in float32."""
-    column = tl.arange(0, W)
+    """Columns of [z | 1], (BLOCK_N, BLOCK_W), and rows of [g | I]^T, (BLOCK_W, BLOCK_T), in float32."""
     task = tl.arange(0, BLOCK_T)
     in_z = exists[:, None] & (column < R)[None, :]
     z = tl.load(z_ptr + row[:, None] * R + column[None, :], mask=in_z, other=0.0).to(tl.float32)
@@ -140,8 +139,10 @@ def _products(
     exists,
     row,
     factor,
+    factor_column,
     FIRST: tl.constexpr,
     SIZE: tl.constexpr,
+    WITH_BASE: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     ONE_PASS: tl.constexpr,
@@ -149,33 +150,39 @@ def _products(
     PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
 ):
-    # base . F_k (BLOCK_N) and P_k (BLOCK_N, W) of experts FIRST to FIRST + SIZE, from one sweep over the channels.
+    # base . F_k (BLOCK_N), or zeros, and columns of P_k (BLOCK_N, BLOCK_W) of experts FIRST to FIRST + SIZE, from one sweep
+    # over the channels.
     dots, products = (), ()
     for _ in tl.static_range(SIZE):
         dots = dots + (tl.zeros((BLOCK_N,), tl.float32),)
-        products = products + (tl.zeros((BLOCK_N, W), tl.float32),)
+        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
     for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
-        base_tile = base_ptr + row[:, None] * D + column[None, :]
-        if ONE_PASS:
-            base = _make_base(
-                query_ptr, query_rows, base_weight_ptr, exists, column, D, D, PRECISION, BLOCK_N, BLOCK_D, BLOCK_D
-            )
-            base = (base * factor).to(base_ptr.dtype.element_ty)
-            tl.store(base_tile, base, mask=inside)
-        else:
-            base = tl.load(base_tile, mask=inside, other=0.0)
-        factors_tile = factors_ptr + column[:, None] * W + tl.arange(0, W)[None, :]
+        if WITH_BASE:
+            base_tile = base_ptr + row[:, None] * D + column[None, :]
+            if ONE_PASS:
+                base = _make_base(
+                    query_ptr, query_rows, base_weight_ptr, exists, column, D, D, PRECISION, BLOCK_N, BLOCK_D, BLOCK_D
+                )
+                base = (base * factor).to(base_ptr.dtype.element_ty)
+                tl.store(base_tile, base, mask=inside)
+            else:
+                base = tl.load(base_tile, mask=inside, other=0.0)
+        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
         factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
         new_dots, new_products = (), ()
         for i in tl.static_range(SIZE):
             offsets = rows(expert_strides[FIRST + i], sample, token, ALIGN)[:, None] + column[None, :]
             expert = tl.load(expert_ptrs[FIRST + i] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
-            new_dots = new_dots + (dots[i] + tl.sum(base.to(tl.float32) * expert.to(tl.float32), axis=1),)
+            if WITH_BASE:
+                new_dots = new_dots + (dots[i] + tl.sum(base.to(tl.float32) * expert.to(tl.float32), axis=1),)
             new_products = new_products + (dot_like(expert, factors, products[i], PRECISION),)
-        dots, products = new_dots, new_products
+        products = new_products
+        if WITH_BASE:
+            dots = new_dots
     return dots, products
 
 
@@ -209,6 +216,7 @@ def _forward(
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     M: tl.constexpr = len(expert_ptrs)
@@ -225,10 +233,10 @@ def _forward(
         in_z = exists[:, None] & (rank < R)[None, :]
         tl.store(z_ptr + row[:, None] * R + rank[None, :], (z_tile * factor).to(z_ptr.dtype.element_ty), mask=in_z)
         tl.debug_barrier()  # it is read again below, by other threads
-    z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, T, R, W, BLOCK_T)
-
     logits = ()
     for group in tl.static_range((M + GROUP - 1) // GROUP):
+        factor_column = tl.arange(0, BLOCK_W)
+        z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, T, R, BLOCK_T)
         dots, products = _products(
             query_ptr,
             query_rows,
@@ -242,8 +250,10 @@ def _forward(
             exists,
             row,
             factor,
+            factor_column,
             group * GROUP,
             min(GROUP, M - group * GROUP),
+            True,
             D,
             W,
             ONE_PASS,
@@ -251,10 +261,48 @@ def _forward(
             PRECISION,
             BLOCK_N,
             BLOCK_D,
+            BLOCK_W,
         )
+        some = ()
         for i in tl.static_range(len(dots)):
             logit = tl.zeros((BLOCK_N, BLOCK_T), tl.float32) + dots[i][:, None]
-            logits = logits + (tl.dot(z * products[i], scale, logit, input_precision=FINE),)
+            some = some + (tl.dot(z * products[i], scale, logit, input_precision=FINE),)
+        for block in range(1, W // BLOCK_W):
+            factor_column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            z, scale = load_multipliers(
+                z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, T, R, BLOCK_T
+            )
+            _, products = _products(
+                query_ptr,
+                query_rows,
+                expert_ptrs,
+                expert_strides,
+                base_weight_ptr,
+                factors_ptr,
+                base_ptr,
+                sample,
+                token,
+                exists,
+                row,
+                factor,
+                factor_column,
+                group * GROUP,
+                min(GROUP, M - group * GROUP),
+                False,
+                D,
+                W,
+                ONE_PASS,
+                ALIGN,
+                PRECISION,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_W,
+            )
+            more = ()
+            for i in tl.static_range(len(some)):
+                more = more + (tl.dot(z * products[i], scale, some[i], input_precision=FINE),)
+            some = more
+        logits = logits + some
 
     weights = softmax_of(logits)
     in_weights = exists[:, None] & (task < T)[None, :]
@@ -378,6 +426,7 @@ def route(
         BLOCK_D=c.width,
         BLOCK_R=max(16, power(rank)),
         BLOCK_T=max(16, power(tasks)),
+        BLOCK_W=min(c.columns, factors.shape[-1]),
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,

@@ -15,6 +15,7 @@ from tiger_fast.ops.route import route
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
     "route": ("route",),
+    "route_backward": ("route_backward",),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 

@@ -1,0 +1,465 @@
+"""Task-conditioned routing, backward (TIGER eqs. 4-7). Names as in `route`, whose forward keeps base and z.
+
+With df and the gradient of the weights given, ds the gradient of the logits, X = [z | 1] and Y_k = X o (ds_k [g | I]):
+
+    dw_tk = df_t . F_k + given        ds_tk = w_tk (dw_tk - sum_j w_tj dw_tj)        a_k = sum_t ds_tk
+    dF_k = sum_t w_tk df_t + a_k base + Y_k [V | c]^T        dbase = sum_k a_k F_k
+    d[V | c] = sum_n sum_k F_k^T Y_k                         P_k = F_k [V | c]
+    dz = sum_k P_k o (ds_k g)                                dg_t = sum_n z o sum_k ds_tk P_k
+
+and, by the library's products, dq = (dbase W0^T + dz U^T) / sqrt(D), d[W0 | U] = q^T [dbase | dz] / sqrt(D). No per-task query
+is formed. Sums over tokens are of parts that programs write and a second step adds in one order: no atomics.
+
+Bytes, in units of B N D elements: `_gradients` reads 1 + M + T (base, experts, df) and writes M + 1; it sweeps the
+channels three times, the second and third of which are to find experts and df in L2. `_factor_gradients` reads M. Y, which
+goes between them, is W / D of M. The library's products read 3 and write 1.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tiger_fast.kernels import config
+from tiger_fast.kernels.device import dot_like, rows, rows_of, stride
+from tiger_fast.kernels.launch import alignment, dense, fine_precision, kernel, launch, power, precision, strides
+from tiger_fast.kernels.route import load_multipliers, make_factors, per_sample
+
+
+@triton.jit
+def _load_experts(
+    expert_ptrs,
+    expert_strides,
+    sample,
+    token,
+    column,
+    inside,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    tiles = ()
+    for i in tl.static_range(FIRST, FIRST + SIZE):
+        offsets = rows(expert_strides[i], sample, token, ALIGN)[:, None] + column[None, :]
+        tiles = tiles + (tl.load(expert_ptrs[i] + offsets, mask=inside, other=0.0, eviction_policy="evict_last"),)
+    return tiles
+
+
+@triton.jit
+def _load_grad(grad_ptr, grad_strides, sample, task, token, column, inside, ALIGN: tl.constexpr):
+    offsets = (
+        rows(grad_strides, sample, task, ALIGN) + token[:, None] * stride(grad_strides[2], ALIGN) + column[None, :]
+    )
+    return tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@kernel
+def _gradients(
+    grad_tokens_ptr,
+    grad_tokens_strides,
+    grad_weights_ptr,
+    grad_weights_strides,
+    expert_ptrs,
+    expert_strides,
+    factors_ptr,
+    factors_strides,
+    scale_ptr,
+    scale_strides,
+    weights_ptr,
+    base_ptr,
+    z_ptr,
+    grad_expert_ptrs,
+    grad_base_ptr,
+    grad_z_ptr,
+    grad_scale_ptr,
+    y_ptr,
+    tokens: tl.int64,
+    T: tl.constexpr,
+    D: tl.constexpr,
+    R: tl.constexpr,
+    W: tl.constexpr,
+    THROUGH_TOKENS: tl.constexpr,
+    THROUGH_WEIGHTS: tl.constexpr,
+    FOR_EXPERTS: tl.constexpr,
+    FOR_BASE: tl.constexpr,
+    FOR_Z: tl.constexpr,
+    FOR_SCALE: tl.constexpr,
+    KEEP_Y: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    FINE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    M: tl.constexpr = len(expert_ptrs)
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0).to(tl.int64)
+    sample, token, exists = rows_of(program, tokens, BLOCK_N)
+    row = sample * tokens + token
+    task = tl.arange(0, BLOCK_T)
+    factors_ptr += sample * stride(factors_strides[0], 16)
+    in_tasks = exists[:, None] & (task < T)[None, :]
+
+    # The gradients of the weights, then of the logits.
+    grads = ()
+    for m in tl.static_range(M):
+        if THROUGH_WEIGHTS:
+            offsets = rows(grad_weights_strides, sample, task, 1)[None, :] + m * stride(grad_weights_strides[3], 1)
+            offsets += token[:, None] * stride(grad_weights_strides[2], 1)
+            grads = grads + (tl.load(grad_weights_ptr + offsets, mask=in_tasks, other=0.0).to(tl.float32),)
+        else:
+            grads = grads + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
+    if THROUGH_TOKENS:
+        for chunk in range(CHUNKS):
+            column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+            inside = exists[:, None] & (column < D)[None, :]
+            tiles = _load_experts(expert_ptrs, expert_strides, sample, token, column, inside, 0, M, ALIGN)
+            for t in range(T):
+                grad = _load_grad(grad_tokens_ptr, grad_tokens_strides, sample, t, token, column, inside, GRAD_ALIGN)
+                added = ()
+                for m in tl.static_range(M):
+                    dot = tl.sum(grad * tiles[m].to(tl.float32), axis=1)
+                    added = added + (grads[m] + tl.where((task == t)[None, :], dot[:, None], 0.0),)
+                grads = added
+    mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+    weights = ()
+    weight_rows = ((sample * T + task)[None, :] * tokens + token[:, None]) * M
+    for m in tl.static_range(M):
+        weight = tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0)
+        mean += weight * grads[m]
+        weights = weights + (weight,)
+    logits, sums = (), ()
+    for m in tl.static_range(M):
+        logit = weights[m] * (grads[m] - mean)
+        logits = logits + (logit,)
+        sums = sums + (tl.sum(logit, axis=1),)
+
+    if KEEP_Y or FOR_EXPERTS:
+        for block in range(W // BLOCK_W):
+            column_y = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            x, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column_y, T, R, BLOCK_T)
+            scale = tl.trans(scale)
+            for m in tl.static_range(M):
+                y = x * tl.dot(logits[m], scale, input_precision=FINE)
+                to = (row[:, None] * M + m) * W + column_y[None, :]
+                tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=exists[:, None])
+
+    if FOR_Z or FOR_SCALE:
+        for block in range((R + BLOCK_W - 1) // BLOCK_W):
+            column_z = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column_z, T, R, BLOCK_T)
+            scale = tl.trans(scale)
+            grad_z = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+            grad_scale = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
+            for group in tl.static_range((M + GROUP - 1) // GROUP):
+                products = _products(
+                    expert_ptrs,
+                    expert_strides,
+                    factors_ptr,
+                    sample,
+                    token,
+                    exists,
+                    column_z,
+                    group * GROUP,
+                    min(GROUP, M - group * GROUP),
+                    D,
+                    W,
+                    ALIGN,
+                    PRECISION,
+                    BLOCK_N,
+                    BLOCK_D,
+                    BLOCK_W,
+                )
+                for i in tl.static_range(len(products)):
+                    logit = logits[group * GROUP + i]
+                    if FOR_Z:
+                        grad_z += products[i] * tl.dot(logit, scale, input_precision=FINE)
+                    if FOR_SCALE:
+                        grad_scale = tl.dot(tl.trans(logit), z * products[i], grad_scale, input_precision=FINE)
+            if FOR_Z:
+                in_z = exists[:, None] & (column_z < R)[None, :]
+                to = row[:, None] * R + column_z[None, :]
+                tl.store(grad_z_ptr + to, grad_z.to(grad_z_ptr.dtype.element_ty), mask=in_z)
+            if FOR_SCALE:
+                in_scale = (task < T)[:, None] & (column_z < R)[None, :]
+                to = (program * T + task)[:, None] * R + column_z[None, :]
+                tl.store(grad_scale_ptr + to, grad_scale, mask=in_scale)
+
+    if FOR_EXPERTS or FOR_BASE:
+        if FOR_EXPERTS:
+            tl.debug_barrier()  # Y is read again below, by other threads
+        for chunk in range(CHUNKS):
+            column_out = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+            in_out = exists[:, None] & (column_out < D)[None, :]
+            at = row[:, None] * D + column_out[None, :]
+            if FOR_BASE:
+                experts = _load_experts(expert_ptrs, expert_strides, sample, token, column_out, in_out, 0, M, ALIGN)
+                grad_base = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+                for m in tl.static_range(M):
+                    grad_base += sums[m][:, None] * experts[m].to(tl.float32)
+                tl.store(grad_base_ptr + at, grad_base.to(grad_base_ptr.dtype.element_ty), mask=in_out)
+            if FOR_EXPERTS:
+                base = tl.load(base_ptr + at, mask=in_out, other=0.0).to(tl.float32)
+                totals = ()
+                for m in tl.static_range(M):
+                    totals = totals + (sums[m][:, None] * base,)
+                if THROUGH_TOKENS:
+                    for t in range(T):
+                        grad = _load_grad(
+                            grad_tokens_ptr, grad_tokens_strides, sample, t, token, column_out, in_out, GRAD_ALIGN
+                        )
+                        weight_row = ((sample * T + t) * tokens + token) * M
+                        added = ()
+                        for m in tl.static_range(M):
+                            weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
+                            added = added + (totals[m] + weight[:, None] * grad,)
+                        totals = added
+                for block in range(W // BLOCK_W):
+                    column_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
+                    factors_tile = factors_ptr + column_out[None, :] * W + column_w[:, None]
+                    factors = tl.load(factors_tile, mask=(column_out < D)[None, :], other=0.0)
+                    more = ()
+                    for m in tl.static_range(M):
+                        y_tile = y_ptr + (row[:, None] * M + m) * W + column_w[None, :]
+                        y = tl.load(y_tile, mask=exists[:, None], other=0.0)
+                        more = more + (dot_like(y, factors, totals[m], PRECISION),)
+                    totals = more
+                for m in tl.static_range(M):
+                    if (FOR_EXPERTS >> m) & 1:
+                        to = grad_expert_ptrs[m] + at
+                        tl.store(to, totals[m].to(to.dtype.element_ty), mask=in_out)
+
+
+@triton.jit
+def _products(
+    expert_ptrs,
+    expert_strides,
+    factors_ptr,
+    sample,
+    token,
+    exists,
+    factor_column,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # Columns of P_k (BLOCK_N, BLOCK_W) of experts FIRST to FIRST + SIZE, from one sweep over the channels.
+    products = ()
+    for _ in tl.static_range(SIZE):
+        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        experts = _load_experts(expert_ptrs, expert_strides, sample, token, column, inside, FIRST, SIZE, ALIGN)
+        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
+        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
+        more = ()
+        for i in tl.static_range(SIZE):
+            more = more + (dot_like(experts[i], factors, products[i], PRECISION),)
+        products = more
+    return products
+
+
+@kernel
+def _factor_gradients(
+    expert_ptrs,
+    expert_strides,
+    y_ptr,
+    parts_ptr,
+    tokens: tl.int64,
+    splits: tl.int64,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # A tile of d[V | c] summed over a part of a sample's tokens: parts (B, splits, D, W).
+    M: tl.constexpr = len(expert_ptrs)
+    BLOCKS: tl.constexpr = W // BLOCK_W
+    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    program = tl.program_id(0).to(tl.int64)
+    column = (program // BLOCKS % CHUNKS) * BLOCK_D + tl.arange(0, BLOCK_D)
+    factor_column = (program % BLOCKS) * BLOCK_W + tl.arange(0, BLOCK_W)
+    part = program // (BLOCKS * CHUNKS)
+    sample = part // splits
+    share = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
+    start = (part % splits) * share
+    total = tl.zeros((BLOCK_D, BLOCK_W), tl.float32)
+    for first in range(start, tl.minimum(start + share, tokens), BLOCK_N):
+        token = first + tl.arange(0, BLOCK_N)
+        exists = token < tokens
+        inside = exists[:, None] & (column < D)[None, :]
+        for m in tl.static_range(M):
+            offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+            expert = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0)
+            y_tile = y_ptr + ((sample * tokens + token)[:, None] * M + m) * W + factor_column[None, :]
+            y = tl.load(y_tile, mask=exists[:, None], other=0.0)
+            total = dot_like(tl.trans(expert), y, total, PRECISION)
+    to = (part * D + column)[:, None] * W + factor_column[None, :]
+    tl.store(parts_ptr + to, total, mask=(column < D)[:, None])
+
+
+def route_backward(
+    grad_tokens: Tensor | None,
+    grad_weights: Tensor | None,
+    query: Tensor,
+    experts: Sequence[Tensor],
+    base_weight: Tensor,
+    base_bias: Tensor | None,
+    u: Tensor,
+    v: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    weights: Tensor,
+    base: Tensor,
+    z: Tensor,
+    needs: int,
+) -> list[Tensor]:
+    """The gradients whose bit in `needs` is set, of query, base_weight, base_bias, u, v, scale, shift, *experts."""
+    batch, tokens, width = query.shape
+    dtype, members, tasks, rank = query.dtype, len(experts), scale.shape[-2], u.shape[1]
+    for_query, for_weight, for_bias, for_u, for_v, for_scale, for_shift = (needs >> i & 1 for i in range(7))
+    for_experts = needs >> 7
+    likes = (query, base_weight, base_bias, u, v, scale, shift, *experts)
+    if not query.numel():
+        return [like.new_zeros(like.shape) for i, like in enumerate(likes) if needs >> i & 1]
+    experts = tuple(map(dense, experts))
+    grad_tokens = None if grad_tokens is None else dense(grad_tokens)
+    per_task_scale, scale_strides = per_sample(scale)
+    factors, factors_strides = make_factors(v, shift, base_bias, dtype)
+    columns = factors.shape[-1]
+    for_factors = bool(for_v or for_shift or for_bias)
+    grad_experts = [query.new_empty(query.shape) if for_experts >> i & 1 else None for i in range(members)]
+    grad_base = torch.empty_like(base) if for_query or for_weight else None
+    grad_z = torch.empty_like(z) if for_query or for_u else None
+    c = config.choose("route_backward", query.device, dtype, D=width, M=members, T=power(tasks), W=columns)
+    blocks = triton.cdiv(tokens, c.rows)
+    scale_parts = query.new_empty((batch, blocks, tasks, rank), dtype=torch.float32) if for_scale else None
+    y = None
+    if for_factors or for_experts:
+        # float16 cannot hold small gradients, and these are not what a loss is scaled for.
+        y = query.new_empty(
+            (batch, tokens, members, columns), dtype=torch.bfloat16 if dtype == torch.bfloat16 else torch.float32
+        )
+    launch(
+        _gradients,
+        batch * blocks,
+        base if grad_tokens is None else grad_tokens,
+        (0,) if grad_tokens is None else strides(grad_tokens),
+        weights if grad_weights is None else grad_weights,
+        (0,) if grad_weights is None else strides(grad_weights),
+        experts,
+        tuple(map(strides, experts)),
+        factors,
+        factors_strides,
+        per_task_scale,
+        scale_strides,
+        weights,
+        base,
+        z,
+        tuple(experts[i] if g is None else g for i, g in enumerate(grad_experts)),
+        base if grad_base is None else grad_base,
+        z if grad_z is None else grad_z,
+        weights if scale_parts is None else scale_parts,
+        base if y is None else y,
+        tokens,
+        T=tasks,
+        D=width,
+        R=rank,
+        W=columns,
+        THROUGH_TOKENS=grad_tokens is not None,
+        THROUGH_WEIGHTS=grad_weights is not None,
+        FOR_EXPERTS=for_experts,
+        FOR_BASE=grad_base is not None,
+        FOR_Z=grad_z is not None,
+        FOR_SCALE=bool(for_scale),
+        KEEP_Y=for_factors,
+        ALIGN=alignment(*experts),
+        GRAD_ALIGN=1 if grad_tokens is None else alignment(grad_tokens),
+        PRECISION=precision(dtype),
+        FINE=fine_precision(dtype),
+        BLOCK_N=c.rows,
+        BLOCK_D=c.width,
+        BLOCK_T=max(16, power(tasks)),
+        BLOCK_W=min(c.columns, columns),
+        GROUP=c.group,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    factor = 1 / math.sqrt(width)
+    found: dict[int, Tensor] = {7 + i: g for i, g in enumerate(grad_experts) if g is not None}
+    flat = query.reshape(batch * tokens, width)
+    if for_query:
+        narrow = torch.mm(grad_z.view(-1, rank), u.to(dtype).T)
+        wide = torch.addmm(narrow, grad_base.view(-1, width), base_weight.to(dtype).T, beta=factor, alpha=factor)
+        found[0] = wide.view(query.shape)
+    if for_weight:
+        found[1] = _product(flat, grad_base.view(-1, width), factor, base_weight.dtype)
+    if for_u:
+        found[3] = _product(flat, grad_z.view(-1, rank), factor, u.dtype)
+    if for_factors:
+        parts = _sum_over_tokens(experts, y, columns, precision(dtype))
+        if for_v:
+            found[4] = parts[..., :rank].sum((0, 1)).to(v.dtype)
+        if for_shift or for_bias:
+            by_sample = parts[..., rank : rank + tasks].sum(1).transpose(1, 2) * factor  # (B, T, D)
+            if for_bias:
+                found[2] = by_sample.sum((0, 1)).to(base_bias.dtype)
+            if for_shift:
+                found[6] = (by_sample if shift.dim() == 3 else by_sample.sum(0)).to(shift.dtype).contiguous()
+    if for_scale:
+        found[5] = scale_parts.sum(1 if scale.dim() == 3 else (0, 1)).to(scale.dtype)
+    return [found[i] for i in sorted(found)]
+
+
+def _product(a: Tensor, b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
+    # factor a^T b.
+    total = a.new_empty((a.shape[1], b.shape[1]))
+    return torch.addmm(total, a.T, b, beta=0, alpha=factor).to(dtype)
+
+
+def _sum_over_tokens(experts: tuple[Tensor, ...], y: Tensor, columns: int, products: str) -> Tensor:
+    # Parts (B, splits, D, W) of d[V | c] = sum over tokens and experts of F^T Y.
+    batch, tokens, width = experts[0].shape
+    c = config.choose("route_factor_gradients", y.device, experts[0].dtype, D=width, M=len(experts), W=columns)
+    block_w = min(c.columns, columns)
+    tiles = triton.cdiv(width, c.width) * (columns // block_w)
+    # Enough programs for any device, from sizes alone: the order of a sum is the same on all of them.
+    splits = max(1, min(triton.cdiv(512, batch * tiles), triton.cdiv(tokens, 4 * c.rows)))
+    parts = y.new_empty((batch, splits, width, columns), dtype=torch.float32)
+    launch(
+        _factor_gradients,
+        batch * splits * tiles,
+        experts,
+        tuple(map(strides, experts)),
+        y,
+        parts,
+        tokens,
+        splits,
+        D=width,
+        W=columns,
+        ALIGN=alignment(*experts),
+        PRECISION=products,
+        BLOCK_N=c.rows,
+        BLOCK_D=c.width,
+        BLOCK_W=block_w,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+    )
+    return parts
