@@ -43,8 +43,8 @@ def _factors(
     shift_strides,
     bias_ptr,
     factors_ptr,
+    tasks: tl.int64,
     factor: tl.float32,
-    T: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -58,8 +58,8 @@ def _factors(
     exists = (channel < D)[:, None]
     in_v = exists & (column < R)[None, :]
     v = tl.load(v_ptr + channel[:, None] * R + column[None, :], mask=in_v, other=0.0).to(tl.float32)
-    task = (column - R) % T
-    in_shift = exists & ((column >= R) & (column < R + 2 * T))[None, :]
+    task = (column - R) % tasks
+    in_shift = exists & ((column >= R) & (column < R + 2 * tasks))[None, :]
     offsets = rows(shift_strides, sample, task, 1)[None, :] + channel[:, None]
     shift = tl.load(shift_ptr + offsets, mask=in_shift, other=0.0).to(tl.float32)
     if BIAS:
@@ -67,7 +67,7 @@ def _factors(
     shift *= factor
     dtype = factors_ptr.dtype.element_ty
     # What rounding took away stands in the second T columns: nothing, for float32.
-    shift = tl.where((column < R + T)[None, :], shift, shift - shift.to(dtype).to(tl.float32))
+    shift = tl.where((column < R + tasks)[None, :], shift, shift - shift.to(dtype).to(tl.float32))
     result = tl.where(in_v, v, tl.where(in_shift, shift, 0.0))
     to = (sample * D + channel)[:, None] * W + column[None, :]
     tl.store(factors_ptr + to, result.to(dtype), mask=exists)
@@ -82,7 +82,7 @@ def load_multipliers(
     row,
     exists,
     column,
-    T: tl.constexpr,
+    tasks,
     R: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
@@ -91,11 +91,11 @@ def load_multipliers(
     in_z = exists[:, None] & (column < R)[None, :]
     z = tl.load(z_ptr + row[:, None] * R + column[None, :], mask=in_z, other=0.0).to(tl.float32)
     z = tl.where((column < R)[None, :], z, 1.0)
-    in_scale = (column < R)[:, None] & (task < T)[None, :]
+    in_scale = (column < R)[:, None] & (task < tasks)[None, :]
     offsets = rows(scale_strides, sample, task, 1)[None, :] + column[:, None]
     scale = tl.load(scale_ptr + offsets, mask=in_scale, other=0.0).to(tl.float32)
     shifted = (column - R)[:, None]
-    identity = (task < T)[None, :] & ((shifted == task[None, :]) | (shifted == task[None, :] + T))
+    identity = (task < tasks)[None, :] & ((shifted == task[None, :]) | (shifted == task[None, :] + tasks))
     return z, tl.where(identity, 1.0, scale)
 
 
@@ -203,8 +203,8 @@ def _forward(
     base_ptr,
     z_ptr,
     tokens: tl.int64,
+    tasks: tl.int64,
     factor: tl.float32,
-    T: tl.constexpr,
     D: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -233,10 +233,14 @@ def _forward(
         in_z = exists[:, None] & (rank < R)[None, :]
         tl.store(z_ptr + row[:, None] * R + rank[None, :], (z_tile * factor).to(z_ptr.dtype.element_ty), mask=in_z)
         tl.debug_barrier()  # it is read again below, by other threads
+    in_weights = exists[:, None] & (task < tasks)[None, :]
+    weight_rows = ((sample * tasks + task)[None, :] * tokens + token[:, None]) * M
     logits = ()
     for group in tl.static_range((M + GROUP - 1) // GROUP):
         factor_column = tl.arange(0, BLOCK_W)
-        z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, T, R, BLOCK_T)
+        z, scale = load_multipliers(
+            z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, tasks, R, BLOCK_T
+        )
         dots, products = _products(
             query_ptr,
             query_rows,
@@ -270,7 +274,7 @@ def _forward(
         for block in range(1, W // BLOCK_W):
             factor_column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             z, scale = load_multipliers(
-                z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, T, R, BLOCK_T
+                z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, tasks, R, BLOCK_T
             )
             _, products = _products(
                 query_ptr,
@@ -302,11 +306,18 @@ def _forward(
             for i in tl.static_range(len(some)):
                 more = more + (tl.dot(z * products[i], scale, some[i], input_precision=FINE),)
             some = more
-        logits = logits + some
-
+        if M <= GROUP:
+            logits = some
+        else:
+            # More would not fit in registers: they wait in the weights' place.
+            for i in tl.static_range(len(some)):
+                tl.store(weights_ptr + weight_rows + group * GROUP + i, some[i], mask=in_weights)
+    if M > GROUP:
+        tl.debug_barrier()
+        for m in tl.static_range(M):
+            logits = logits + (tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0),)
+        tl.debug_barrier()
     weights = softmax_of(logits)
-    in_weights = exists[:, None] & (task < T)[None, :]
-    weight_rows = ((sample * T + task)[None, :] * tokens + token[:, None]) * M
     for m in tl.static_range(M):
         tl.store(weights_ptr + weight_rows + m, weights[m], mask=in_weights)
     # What follows reads the weights in another arrangement over threads than the one they were written in.
@@ -320,13 +331,13 @@ def _forward(
             offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
             tile = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
             tiles = tiles + (tile,)
-        for t in range(T):
+        for t in range(tasks):
             mixed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            weight_row = ((sample * T + t) * tokens + token) * M
+            weight_row = ((sample * tasks + t) * tokens + token) * M
             for m in tl.static_range(M):
                 weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
                 mixed += weight[:, None] * tiles[m].to(tl.float32)
-            to = ((sample * T + t) * tokens + token)[:, None] * D + column[None, :]
+            to = ((sample * tasks + t) * tokens + token)[:, None] * D + column[None, :]
             tl.store(tokens_ptr + to, mixed.to(tokens_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 
 
@@ -353,8 +364,8 @@ def make_factors(
         shift_strides,
         shift if base_bias is None else base_bias.contiguous(),
         factors,
+        tasks,
         1 / math.sqrt(width),
-        T=tasks,
         D=width,
         R=rank,
         W=factors.shape[-1],
@@ -413,8 +424,8 @@ def route(
         base,
         z,
         tokens,
+        tasks,
         factor,
-        T=tasks,
         D=width,
         R=rank,
         W=factors.shape[-1],

@@ -77,7 +77,7 @@ def _gradients(
     grad_scale_ptr,
     y_ptr,
     tokens: tl.int64,
-    T: tl.constexpr,
+    tasks: tl.int64,
     D: tl.constexpr,
     R: tl.constexpr,
     W: tl.constexpr,
@@ -105,7 +105,7 @@ def _gradients(
     row = sample * tokens + token
     task = tl.arange(0, BLOCK_T)
     factors_ptr += sample * stride(factors_strides[0], 16)
-    in_tasks = exists[:, None] & (task < T)[None, :]
+    in_tasks = exists[:, None] & (task < tasks)[None, :]
 
     # The gradients of the weights, then of the logits.
     grads = ()
@@ -121,7 +121,7 @@ def _gradients(
             column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
             inside = exists[:, None] & (column < D)[None, :]
             tiles = _load_experts(expert_ptrs, expert_strides, sample, token, column, inside, 0, M, ALIGN)
-            for t in range(T):
+            for t in range(tasks):
                 grad = _load_grad(grad_tokens_ptr, grad_tokens_strides, sample, t, token, column, inside, GRAD_ALIGN)
                 added = ()
                 for m in tl.static_range(M):
@@ -130,11 +130,10 @@ def _gradients(
                 grads = added
     mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     weights = ()
-    weight_rows = ((sample * T + task)[None, :] * tokens + token[:, None]) * M
+    weight_rows = ((sample * tasks + task)[None, :] * tokens + token[:, None]) * M
     for m in tl.static_range(M):
-        weight = tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0)
-        mean += weight * grads[m]
-        weights = weights + (weight,)
+        weights = weights + (tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0),)
+        mean += weights[m] * grads[m]
     logits, sums = (), ()
     for m in tl.static_range(M):
         logit = weights[m] * (grads[m] - mean)
@@ -144,7 +143,9 @@ def _gradients(
     if KEEP_Y or FOR_EXPERTS:
         for block in range(W // BLOCK_W):
             column_y = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            x, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column_y, T, R, BLOCK_T)
+            x, scale = load_multipliers(
+                z_ptr, scale_ptr, scale_strides, sample, row, exists, column_y, tasks, R, BLOCK_T
+            )
             scale = tl.trans(scale)
             for m in tl.static_range(M):
                 y = x * tl.dot(logits[m], scale, input_precision=FINE)
@@ -154,7 +155,9 @@ def _gradients(
     if FOR_Z or FOR_SCALE:
         for block in range((R + BLOCK_W - 1) // BLOCK_W):
             column_z = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column_z, T, R, BLOCK_T)
+            z, scale = load_multipliers(
+                z_ptr, scale_ptr, scale_strides, sample, row, exists, column_z, tasks, R, BLOCK_T
+            )
             scale = tl.trans(scale)
             grad_z = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
             grad_scale = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
@@ -188,8 +191,8 @@ def _gradients(
                 to = row[:, None] * R + column_z[None, :]
                 tl.store(grad_z_ptr + to, grad_z.to(grad_z_ptr.dtype.element_ty), mask=in_z)
             if FOR_SCALE:
-                in_scale = (task < T)[:, None] & (column_z < R)[None, :]
-                to = (program * T + task)[:, None] * R + column_z[None, :]
+                in_scale = (task < tasks)[:, None] & (column_z < R)[None, :]
+                to = (program * tasks + task)[:, None] * R + column_z[None, :]
                 tl.store(grad_scale_ptr + to, grad_scale, mask=in_scale)
 
     if FOR_EXPERTS or FOR_BASE:
@@ -211,11 +214,11 @@ def _gradients(
                 for m in tl.static_range(M):
                     totals = totals + (sums[m][:, None] * base,)
                 if THROUGH_TOKENS:
-                    for t in range(T):
+                    for t in range(tasks):
                         grad = _load_grad(
                             grad_tokens_ptr, grad_tokens_strides, sample, t, token, column_out, in_out, GRAD_ALIGN
                         )
-                        weight_row = ((sample * T + t) * tokens + token) * M
+                        weight_row = ((sample * tasks + t) * tokens + token) * M
                         added = ()
                         for m in tl.static_range(M):
                             weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
@@ -379,7 +382,7 @@ def route_backward(
         weights if scale_parts is None else scale_parts,
         base if y is None else y,
         tokens,
-        T=tasks,
+        tasks,
         D=width,
         R=rank,
         W=columns,
