@@ -76,6 +76,7 @@ def _gradients(
     grad_z_ptr,
     grad_scale_ptr,
     y_ptr,
+    logits_ptr,
     tokens: tl.int64,
     tasks: tl.int64,
     D: tl.constexpr,
@@ -134,11 +135,14 @@ def _gradients(
     for m in tl.static_range(M):
         weights = weights + (tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0),)
         mean += weights[m] * grads[m]
-    logits, sums = (), ()
+    sums = ()
     for m in tl.static_range(M):
         logit = weights[m] * (grads[m] - mean)
-        logits = logits + (logit,)
         sums = sums + (tl.sum(logit, axis=1),)
+        tl.store(logits_ptr + (row[:, None] * M + m) * tasks + task[None, :], logit, mask=in_tasks)
+    # What follows reads them again, a tile at a time: held for all experts in the arrangements that the products below ask
+    # for, they would fill the registers.
+    tl.debug_barrier()
 
     if KEEP_Y or FOR_EXPERTS:
         for block in range(W // BLOCK_W):
@@ -148,7 +152,9 @@ def _gradients(
             )
             scale = tl.trans(scale)
             for m in tl.static_range(M):
-                y = x * tl.dot(logits[m], scale, input_precision=FINE)
+                logit_tile = logits_ptr + (row[:, None] * M + m) * tasks + task[None, :]
+                logit = tl.load(logit_tile, mask=in_tasks, other=0.0)
+                y = x * tl.dot(logit, scale, input_precision=FINE)
                 to = (row[:, None] * M + m) * W + column_y[None, :]
                 tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=exists[:, None])
 
@@ -181,7 +187,8 @@ def _gradients(
                     BLOCK_W,
                 )
                 for i in tl.static_range(len(products)):
-                    logit = logits[group * GROUP + i]
+                    logit_tile = logits_ptr + (row[:, None] * M + group * GROUP + i) * tasks + task[None, :]
+                    logit = tl.load(logit_tile, mask=in_tasks, other=0.0)
                     if FOR_Z:
                         grad_z += products[i] * tl.dot(logit, scale, input_precision=FINE)
                     if FOR_SCALE:
@@ -381,6 +388,7 @@ def route_backward(
         z if grad_z is None else grad_z,
         weights if scale_parts is None else scale_parts,
         base if y is None else y,
+        query.new_empty((batch, tokens, members, tasks), dtype=torch.float32),
         tokens,
         tasks,
         D=width,
