@@ -154,3 +154,36 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     width = even_width(D, 128)
     elements = (1024 if M <= 4 else 512) // (itemsize // 2)
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+
+
+def _attention_by_elements(itemsize: int, head: int) -> Config:
+    # One vector of 16 bytes a thread and member. A head lies within a warp, so that sums over its channels are shuffles:
+    # only float32 heads of 256 take two vectors a thread.
+    width, vector = power(head), 16 // itemsize
+    warps = 4 if width <= 32 * vector else 1
+    return Config(max(32 * vector * warps // width, 1), width, warps, num_stages=1)
+
+
+def _attention_by_products(itemsize: int, G: int, head: int, elements: int) -> Config:
+    # `elements` a thread of each tile. A warp has whole rows, so that tiles pass between layouts within it; where one row
+    # is more than a warp's, several share it.
+    group = 16 if G <= 16 else 32
+    width = max(16, min(power(head), 256))
+    row = group * width // (32 * elements)
+    if row > 1:
+        return Config(1, width, min(row, 8), 1, group)
+    return Config(4 * max(1, 32 * elements // (group * width)), width, 4, 1, group)
+
+
+@heuristic
+def group_attention(arch: Architecture, itemsize: int, G: int, head: int) -> Config:
+    if G <= 8 and head <= 256:
+        return _attention_by_elements(itemsize, head)
+    return _attention_by_products(itemsize, G, head, 64)
+
+
+@heuristic
+def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int) -> Config:
+    if G <= (8 if itemsize == 4 else 5) and head <= 256:
+        return _attention_by_elements(itemsize, head)
+    return _attention_by_products(itemsize, G, head, 32)

@@ -8,16 +8,25 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
+    "group_attention": (
+        "group_attention",
+        "group_attention_backward",
+        "group_attention_packed",
+        "group_attention_packed_backward",
+    ),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "group_attention": group_attention,
+    "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
 }
 
