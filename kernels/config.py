@@ -156,34 +156,46 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
 
 
-def _attention_by_elements(itemsize: int, head: int) -> Config:
-    # One vector of 16 bytes a thread and member. A head lies within a warp, so that sums over its channels are shuffles:
-    # only float32 heads of 256 take two vectors a thread.
-    width, vector = power(head), 16 // itemsize
+def _attention_by_elements(head: int, vector: int) -> tuple[Config, int]:
+    # One vector a thread and member. A head lies within a warp, so that sums over its channels are shuffles; where that is
+    # more than 32 vectors a thread takes several. The number is elements a thread.
+    width = power(head)
     warps = 4 if width <= 32 * vector else 1
-    return Config(max(32 * vector * warps // width, 1), width, warps, num_stages=1)
+    each = max(min(vector, width), width // 32)
+    return Config(32 * warps * each // width, width, warps, num_stages=1), each
 
 
-def _attention_by_products(itemsize: int, G: int, head: int, elements: int) -> Config:
-    # `elements` a thread of each tile. A warp has whole rows, so that tiles pass between layouts within it; where one row
+def _attention_by_products(G: int, head: int, elements: int, widest: int) -> Config:
+    # `elements` of each tile a thread. A warp has whole rows, so that tiles pass between layouts within it; where one row
     # is more than a warp's, several share it.
     group = 16 if G <= 16 else 32
-    width = max(16, min(power(head), 256))
-    row = group * width // (32 * elements)
-    if row > 1:
-        return Config(1, width, min(row, 8), 1, group)
-    return Config(4 * max(1, 32 * elements // (group * width)), width, 4, 1, group)
+    width = max(16, min(power(head), widest))
+    per_warp = 32 * elements // (group * width)
+    if per_warp == 0:
+        return Config(1, width, min(group * width // (32 * elements), 8), 1, group)
+    return Config(4 * per_warp, width, 4, 1, group)
+
+
+# `vector` is how many elements, of at most 16 bytes, heads begin at multiples of. By elements everything is in registers, and
+# the work grows with G x G; by products groups are padded to 16. In 16-bit types, counting instructions a byte, the two are
+# even at G = 6 forward, and at 5 registers are full backward.
+@heuristic
+def group_attention(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
+    if head <= 256:
+        c, each = _attention_by_elements(head, vector)
+        if G <= (6 if itemsize == 2 else 8) and G * each <= 48:
+            return c
+    if itemsize == 2:
+        return _attention_by_products(G, head, 64 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(G, head, 16, 64 if G <= 16 or head > 32 else 32)
 
 
 @heuristic
-def group_attention(arch: Architecture, itemsize: int, G: int, head: int) -> Config:
-    if G <= 8 and head <= 256:
-        return _attention_by_elements(itemsize, head)
-    return _attention_by_products(itemsize, G, head, 64)
-
-
-@heuristic
-def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int) -> Config:
-    if G <= (8 if itemsize == 4 else 5) and head <= 256:
-        return _attention_by_elements(itemsize, head)
-    return _attention_by_products(itemsize, G, head, 32)
+def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
+    if head <= 256:
+        c, each = _attention_by_elements(head, vector)
+        if G <= (5 if itemsize == 2 else 8) and G * each <= 40:
+            return c
+    if itemsize == 2:
+        return _attention_by_products(G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(G, head, 8, 32)

@@ -21,6 +21,9 @@ There are two ways, and `config` chooses by G:
   cache if it holds them.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -409,58 +412,48 @@ def _backward_by_products(
                 _store_group(grad_q_ptr, grad_q_strides, place, step, result, G, HEAD, ALIGN, SHAPE)
 
 
-def _sizes(q: Tensor, num_heads: int, c: config.Config) -> dict[str, object]:
-    """What the kernels of one direction take by name, and how many programs there are."""
-    by_products = {"PRECISION": input_precision(q.dtype), "BLOCK_G": c.group} if c.group > 1 else {}
-    return {
-        "G": q.shape[1],
-        "HEADS": num_heads,
-        "HEAD": q.shape[3] // num_heads,
-        "BLOCK_R": c.rows,
-        "BLOCK_D": c.width,
-        "num_warps": c.num_warps,
-        "num_stages": c.num_stages,
-        **by_products,
-    }
-
-
-def _programs(q: Tensor, num_heads: int, c: config.Config) -> int:
-    return q.shape[0] * triton.cdiv(q.shape[2] * num_heads, c.rows)
+def _launch(
+    name: str,
+    by_elements: Callable,
+    by_products: Callable,
+    tensors: tuple[Tensor, ...],
+    num_heads: int,
+    **constants: object,
+) -> None:
+    # All tensors are (B, G, N, D).
+    batch, members, tokens, width = tensors[0].shape
+    head, align, dtype = width // num_heads, alignment(*tensors), tensors[0].dtype
+    c = config.choose(name, tensors[0].device, dtype, G=members, head=head, vector=math.gcd(head, align))
+    if c.group > 1:
+        constants |= {"PRECISION": input_precision(dtype), "BLOCK_G": c.group}
+    launch(
+        by_products if c.group > 1 else by_elements,
+        batch * triton.cdiv(tokens * num_heads, c.rows),
+        *tensors,
+        *map(strides, tensors),
+        tokens,
+        head**-0.5,
+        G=members,
+        HEADS=num_heads,
+        HEAD=head,
+        ALIGN=align,
+        BLOCK_R=c.rows,
+        BLOCK_D=c.width,
+        num_warps=c.num_warps,
+        num_stages=c.num_stages,
+        **constants,
+    )
 
 
 def _run(q: Tensor, k: Tensor, v: Tensor, out: Tensor, num_heads: int) -> None:
-    head = q.shape[3] // num_heads
-    c = config.choose("group_attention", q.device, q.dtype, G=q.shape[1], head=head)
-    launch(
-        _forward_by_products if c.group > 1 else _forward_by_elements,
-        _programs(q, num_heads, c),
-        *(q, k, v, out),
-        *map(strides, (q, k, v, out)),
-        q.shape[2],
-        head**-0.5,
-        ALIGN=alignment(q, k, v, out),
-        **_sizes(q, num_heads, c),
-    )
+    _launch("group_attention", _forward_by_elements, _forward_by_products, (q, k, v, out), num_heads)
 
 
-def _run_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, found: list[Tensor | None], num_heads: int, needs: int
-) -> None:
-    head = q.shape[3] // num_heads
+def _run_backward(inputs: tuple[Tensor, ...], found: Sequence[Tensor | None], num_heads: int, needs: int) -> None:
     # Where a gradient is not wanted nothing is written; the kernel still takes a pointer.
-    outs = tuple(grad if g is None else g for g in found)
-    c = config.choose("group_attention_backward", q.device, q.dtype, G=q.shape[1], head=head)
-    launch(
-        _backward_by_products if c.group > 1 else _backward_by_elements,
-        _programs(q, num_heads, c),
-        *(grad, q, k, v, *outs),
-        *map(strides, (grad, q, k, v, *outs)),
-        q.shape[2],
-        head**-0.5,
-        NEEDS=needs,
-        ALIGN=alignment(grad, q, k, v, *outs),
-        **_sizes(q, num_heads, c),
-    )
+    found = (inputs[0] if gradient is None else gradient for gradient in found)
+    kernels = _backward_by_elements, _backward_by_products
+    _launch("group_attention_backward", *kernels, (*inputs, *found), num_heads, NEEDS=needs)
 
 
 def group_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -474,7 +467,7 @@ def group_attention_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, num_
     """The gradients of `q`, `k` and `v`, those whose bit in `needs` is set."""
     found = [t.new_empty(t.shape) if needs >> i & 1 else None for i, t in enumerate((q, k, v))]
     if needs & 7:
-        _run_backward(dense(grad), dense(q), dense(k), dense(v), found, num_heads, needs & 7)
+        _run_backward(tuple(map(dense, (grad, q, k, v))), found, num_heads, needs & 7)
     return [t for t in found if t is not None]
 
 
@@ -488,5 +481,5 @@ def group_attention_packed(qkv: Tensor, num_heads: int) -> Tensor:
 def group_attention_packed_backward(grad: Tensor, qkv: Tensor, num_heads: int) -> Tensor:
     """The gradient of `qkv`, dense, as one tensor."""
     found = qkv.new_empty(qkv.shape)
-    _run_backward(dense(grad), *dense(qkv).chunk(3, dim=-1), list(found.chunk(3, dim=-1)), num_heads, 7)
+    _run_backward((dense(grad), *dense(qkv).chunk(3, dim=-1)), found.chunk(3, dim=-1), num_heads, 7)
     return found
