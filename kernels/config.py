@@ -156,46 +156,47 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
 
 
-def _attention_by_elements(head: int, vector: int) -> tuple[Config, int]:
+def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:
     # One vector a thread and member. A head lies within a warp, so that sums over its channels are shuffles; where that is
-    # more than 32 vectors a thread takes several. The number is elements a thread.
+    # more than a vector a thread, each takes several. The number is elements a thread.
     width = power(head)
-    warps = 4 if width <= 32 * vector else 1
-    each = max(min(vector, width), width // 32)
-    return Config(32 * warps * each // width, width, warps, num_stages=1), each
+    warps = 4 if width <= warp * vector else 1
+    each = max(min(vector, width), width // warp)
+    return Config(warp * warps * each // width, width, warps, num_stages=1), each
 
 
-def _attention_by_products(G: int, head: int, elements: int, widest: int) -> Config:
+def _attention_by_products(warp: int, G: int, head: int, elements: int, widest: int) -> Config:
     # `elements` of each tile a thread. A warp has whole rows, so that tiles pass between layouts within it; where one row
     # is more than a warp's, several share it.
     group = 16 if G <= 16 else 32
     width = max(16, min(power(head), widest))
-    per_warp = 32 * elements // (group * width)
+    per_warp = warp * elements // (group * width)
     if per_warp == 0:
-        return Config(1, width, min(group * width // (32 * elements), 8), 1, group)
+        return Config(1, width, min(group * width // (warp * elements), 8), 1, group)
     return Config(4 * per_warp, width, 4, 1, group)
 
 
-# `vector` is how many elements, of at most 16 bytes, heads begin at multiples of. By elements everything is in registers, and
-# the work grows with G x G; by products groups are padded to 16. In 16-bit types, counting instructions a byte, the two are
-# even at G = 6 forward, and at 5 registers are full backward.
+# `vector` is how many elements, of at most 16 bytes, heads begin at multiples of. By elements the whole group is in registers,
+# G times `each` of them a tensor, and the work grows with G x G; by products groups are padded to 16. Instructions a byte are
+# about even at G = 6 forward in 16-bit types; backward registers are full at 5. Float32 products would have to be by IEEE, on
+# the same units, so there elements go on to the last group that does not spill. Beyond heads of 256 only products take steps.
 @heuristic
 def group_attention(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
     if head <= 256:
-        c, each = _attention_by_elements(head, vector)
+        c, each = _attention_by_elements(arch.warp, head, vector)
         if G <= (6 if itemsize == 2 else 8) and G * each <= 48:
             return c
     if itemsize == 2:
-        return _attention_by_products(G, head, 64 if vector == 8 else 16, 256 if head <= 256 else 128)
-    return _attention_by_products(G, head, 16, 64 if G <= 16 or head > 32 else 32)
+        return _attention_by_products(arch.warp, G, head, 64 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(arch.warp, G, head, 16, 64 if G <= 16 or head > 32 else 32)
 
 
 @heuristic
 def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
     if head <= 256:
-        c, each = _attention_by_elements(head, vector)
+        c, each = _attention_by_elements(arch.warp, head, vector)
         if G <= (5 if itemsize == 2 else 8) and G * each <= 40:
             return c
     if itemsize == 2:
-        return _attention_by_products(G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
-    return _attention_by_products(G, head, 8, 32)
+        return _attention_by_products(arch.warp, G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(arch.warp, G, head, 8, 32)
