@@ -178,3 +178,49 @@ def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W:
 @heuristic
 def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
     return Config(rows=32, width=even_width(D, 64), num_warps=128 // arch.warp, num_stages=3)
+
+
+def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:
+    # One vector a thread and member. A head lies within a warp, so that sums over its channels are shuffles; where that is
+    # more than a vector a thread, each takes several. The number is elements a thread.
+    width = power(head)
+    warps = 4 if width <= warp * vector else 1
+    each = max(min(vector, width), width // warp)
+    return Config(warp * warps * each // width, width, warps, num_stages=1), each
+
+
+def _attention_by_products(warp: int, G: int, head: int, elements: int, widest: int) -> Config:
+    # `elements` of each tile a thread. A warp has whole rows, so that tiles pass between layouts within it; where one row
+    # is more than a warp's, several share it.
+    group = 16 if G <= 16 else 32
+    width = max(16, min(power(head), widest))
+    per_warp = warp * elements // (group * width)
+    if per_warp == 0:
+        return Config(1, width, min(group * width // (warp * elements), 8), 1, group)
+    return Config(4 * per_warp, width, 4, 1, group)
+
+
+# `vector` is how many elements, of at most 16 bytes, heads begin at multiples of. By elements the whole group is in registers,
+# G times `each` of them a tensor, and the work grows with G x G; by products groups are padded to 16. Instructions a byte are
+# about even at G = 6 forward in 16-bit types; backward registers are full at 5. Float32 products would have to be by IEEE, on
+# the same units, so there elements go on to the last group that does not spill. Beyond heads of 256 only products take steps.
+@heuristic
+def group_attention(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
+    if head <= 256:
+        c, each = _attention_by_elements(arch.warp, head, vector)
+        if G <= (6 if itemsize == 2 else 8) and G * each <= 48:
+            return c
+    if itemsize == 2:
+        return _attention_by_products(arch.warp, G, head, 64 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(arch.warp, G, head, 16, 64 if G <= 16 or head > 32 else 32)
+
+
+@heuristic
+def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
+    if head <= 256:
+        c, each = _attention_by_elements(arch.warp, head, vector)
+        if G <= (5 if itemsize == 2 else 8) and G * each <= 40:
+            return c
+    if itemsize == 2:
+        return _attention_by_products(arch.warp, G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
+    return _attention_by_products(arch.warp, G, head, 8, 32)

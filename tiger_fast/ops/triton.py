@@ -8,6 +8,7 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
 from tiger_fast.ops.route import route
@@ -16,12 +17,20 @@ from tiger_fast.ops.route import route
 _MODULES = {
     "route": ("route",),
     "route_backward": ("route_backward",),
+    "group_attention": (
+        "group_attention",
+        "group_attention_backward",
+        "group_attention_packed",
+        "group_attention_packed_backward",
+    ),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
     "route": route,
+    "group_attention": group_attention,
+    "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
 }
 
