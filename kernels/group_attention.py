@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, stride
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, precision, strides
 
 
 @triton.jit
