@@ -312,14 +312,22 @@ def _forward(
             # More would not fit in registers: they wait in the weights' place.
             for i in tl.static_range(len(some)):
                 tl.store(weights_ptr + weight_rows + group * GROUP + i, some[i], mask=in_weights)
-    if M > GROUP:
-        tl.debug_barrier()
+    if M <= GROUP:
+        weights = softmax_of(logits)
         for m in tl.static_range(M):
-            logits = logits + (tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0),)
+            tl.store(weights_ptr + weight_rows + m, weights[m], mask=in_weights)
+    else:
         tl.debug_barrier()
-    weights = softmax_of(logits)
-    for m in tl.static_range(M):
-        tl.store(weights_ptr + weight_rows + m, weights[m], mask=in_weights)
+        largest = tl.full((BLOCK_N, BLOCK_T), float("-inf"), tl.float32)
+        for m in tl.static_range(M):
+            largest = tl.maximum(largest, tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0))
+        total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+        for m in tl.static_range(M):
+            total += tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest)
+        for m in tl.static_range(M):
+            weight = tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest) / total
+            tl.debug_barrier()  # all threads that hold a copy have read it
+            tl.store(weights_ptr + weight_rows + m, weight, mask=in_weights)
     # What follows reads the weights in another arrangement over threads than the one they were written in.
     tl.debug_barrier()
 
@@ -335,8 +343,8 @@ def _forward(
             mixed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             weight_row = ((sample * tasks + t) * tokens + token) * M
             for m in tl.static_range(M):
-                weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
-                mixed += weight[:, None] * tiles[m].to(tl.float32)
+                share = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
+                mixed += share[:, None] * tiles[m].to(tl.float32)
             to = ((sample * tasks + t) * tokens + token)[:, None] * D + column[None, :]
             tl.store(tokens_ptr + to, mixed.to(tokens_ptr.dtype.element_ty), mask=inside, eviction_policy="evict_first")
 

@@ -30,30 +30,193 @@ from tiger_fast.kernels.route import load_multipliers, make_factors, per_sample
 
 
 @triton.jit
-def _load_experts(
-    expert_ptrs,
-    expert_strides,
-    sample,
-    token,
-    column,
-    inside,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    tiles = ()
-    for i in tl.static_range(FIRST, FIRST + SIZE):
-        offsets = rows(expert_strides[i], sample, token, ALIGN)[:, None] + column[None, :]
-        tiles = tiles + (tl.load(expert_ptrs[i] + offsets, mask=inside, other=0.0, eviction_policy="evict_last"),)
-    return tiles
+def _load_expert(expert_ptrs, expert_strides, m: tl.constexpr, sample, token, column, inside, ALIGN: tl.constexpr):
+    offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+    return tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
 
 
 @triton.jit
 def _load_grad(grad_ptr, grad_strides, sample, task, token, column, inside, ALIGN: tl.constexpr):
-    offsets = (
-        rows(grad_strides, sample, task, ALIGN) + token[:, None] * stride(grad_strides[2], ALIGN) + column[None, :]
-    )
+    first = rows(grad_strides, sample, task, ALIGN)
+    offsets = first + token[:, None] * stride(grad_strides[2], ALIGN) + column[None, :]
     return tl.load(grad_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _through_tokens(
+    grad_ptr,
+    grad_strides,
+    expert_ptrs,
+    expert_strides,
+    sample,
+    token,
+    exists,
+    tasks,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    # df_t . F_k, (BLOCK_N, BLOCK_T), of experts FIRST to FIRST + SIZE.
+    task = tl.arange(0, BLOCK_T)
+    dots = ()
+    for _ in tl.static_range(SIZE):
+        dots = dots + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        tiles = ()
+        for i in tl.static_range(SIZE):
+            tile = _load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
+            tiles = tiles + (tile,)
+        for t in range(tasks):
+            grad = _load_grad(grad_ptr, grad_strides, sample, t, token, column, inside, GRAD_ALIGN)
+            added = ()
+            for i in tl.static_range(SIZE):
+                dot = tl.sum(grad * tiles[i].to(tl.float32), axis=1)
+                added = added + (dots[i] + tl.where((task == t)[None, :], dot[:, None], 0.0),)
+            dots = added
+    return dots
+
+
+@triton.jit
+def _products(
+    expert_ptrs,
+    expert_strides,
+    factors_ptr,
+    sample,
+    token,
+    exists,
+    factor_column,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    # Columns of P_k, (BLOCK_N, BLOCK_W), of experts FIRST to FIRST + SIZE.
+    products = ()
+    for _ in tl.static_range(SIZE):
+        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
+        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
+        more = ()
+        for i in tl.static_range(SIZE):
+            expert = _load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
+            more = more + (dot_like(expert, factors, products[i], PRECISION),)
+        products = more
+    return products
+
+
+@triton.jit
+def _write_grad_base(
+    grad_base_ptr,
+    expert_ptrs,
+    expert_strides,
+    logits_ptr,
+    logit_rows,
+    in_tasks,
+    sample,
+    token,
+    exists,
+    row,
+    tasks,
+    D: tl.constexpr,
+    ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    M: tl.constexpr = len(expert_ptrs)
+    sums = ()
+    for m in tl.static_range(M):
+        sums = sums + (tl.sum(tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0), axis=1),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for m in tl.static_range(M):
+            expert = _load_expert(expert_ptrs, expert_strides, m, sample, token, column, inside, ALIGN)
+            total += sums[m][:, None] * expert.to(tl.float32)
+        to = grad_base_ptr + row[:, None] * D + column[None, :]
+        tl.store(to, total.to(to.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _write_grad_experts(
+    grad_expert_ptrs,
+    grad_ptr,
+    grad_strides,
+    weights_ptr,
+    base_ptr,
+    factors_ptr,
+    y_ptr,
+    logits_ptr,
+    logit_rows,
+    in_tasks,
+    sample,
+    token,
+    exists,
+    row,
+    tokens,
+    tasks,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    M: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    NEEDS: tl.constexpr,
+    THROUGH_TOKENS: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    sums = ()
+    for i in tl.static_range(SIZE):
+        logit_tile = logits_ptr + logit_rows + (FIRST + i) * tasks
+        sums = sums + (tl.sum(tl.load(logit_tile, mask=in_tasks, other=0.0), axis=1),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        at = row[:, None] * D + column[None, :]
+        base = tl.load(base_ptr + at, mask=inside, other=0.0).to(tl.float32)
+        totals = ()
+        for i in tl.static_range(SIZE):
+            totals = totals + (sums[i][:, None] * base,)
+        if THROUGH_TOKENS:
+            for t in range(tasks):
+                grad = _load_grad(grad_ptr, grad_strides, sample, t, token, column, inside, GRAD_ALIGN)
+                weight_row = ((sample * tasks + t) * tokens + token) * M + FIRST
+                added = ()
+                for i in tl.static_range(SIZE):
+                    weight = tl.load(weights_ptr + weight_row + i, mask=exists, other=0.0)
+                    added = added + (totals[i] + weight[:, None] * grad,)
+                totals = added
+        for block in range(W // BLOCK_W):
+            factor_column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            factors_tile = factors_ptr + column[None, :] * W + factor_column[:, None]
+            factors = tl.load(factors_tile, mask=(column < D)[None, :], other=0.0)
+            more = ()
+            for i in tl.static_range(SIZE):
+                y_tile = y_ptr + (row[:, None] * M + FIRST + i) * W + factor_column[None, :]
+                y = tl.load(y_tile, mask=exists[:, None], other=0.0)
+                more = more + (dot_like(y, factors, totals[i], PRECISION),)
+            totals = more
+        for i in tl.static_range(SIZE):
+            if (NEEDS >> (FIRST + i)) & 1:
+                to = grad_expert_ptrs[FIRST + i] + at
+                tl.store(to, totals[i].to(to.dtype.element_ty), mask=inside)
 
 
 @kernel
@@ -99,75 +262,79 @@ def _gradients(
     BLOCK_W: tl.constexpr,
     GROUP: tl.constexpr,
 ):
+    # What one step hands to the next, gradients of logits (B, N, M, T) and Y, goes through memory that only this program
+    # touches, a tile at a time: in registers, in the arrangements of every step, it would fill them. Experts are taken
+    # GROUP at a time for the same reason.
     M: tl.constexpr = len(expert_ptrs)
-    CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
+    GROUPS: tl.constexpr = (M + GROUP - 1) // GROUP
     program = tl.program_id(0).to(tl.int64)
     sample, token, exists = rows_of(program, tokens, BLOCK_N)
     row = sample * tokens + token
     task = tl.arange(0, BLOCK_T)
     factors_ptr += sample * stride(factors_strides[0], 16)
     in_tasks = exists[:, None] & (task < tasks)[None, :]
+    logit_rows = (row * M)[:, None] * tasks + task[None, :]
 
-    # The gradients of the weights, then of the logits.
-    grads = ()
-    for m in tl.static_range(M):
-        if THROUGH_WEIGHTS:
-            offsets = rows(grad_weights_strides, sample, task, 1)[None, :] + m * stride(grad_weights_strides[3], 1)
-            offsets += token[:, None] * stride(grad_weights_strides[2], 1)
-            grads = grads + (tl.load(grad_weights_ptr + offsets, mask=in_tasks, other=0.0).to(tl.float32),)
-        else:
-            grads = grads + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-    if THROUGH_TOKENS:
-        for chunk in range(CHUNKS):
-            column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-            inside = exists[:, None] & (column < D)[None, :]
-            tiles = _load_experts(expert_ptrs, expert_strides, sample, token, column, inside, 0, M, ALIGN)
-            for t in range(tasks):
-                grad = _load_grad(grad_tokens_ptr, grad_tokens_strides, sample, t, token, column, inside, GRAD_ALIGN)
-                added = ()
-                for m in tl.static_range(M):
-                    dot = tl.sum(grad * tiles[m].to(tl.float32), axis=1)
-                    added = added + (grads[m] + tl.where((task == t)[None, :], dot[:, None], 0.0),)
-                grads = added
-    mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    weights = ()
+    for group in tl.static_range(GROUPS):
+        if THROUGH_TOKENS:
+            dots = _through_tokens(
+                grad_tokens_ptr,
+                grad_tokens_strides,
+                expert_ptrs,
+                expert_strides,
+                sample,
+                token,
+                exists,
+                tasks,
+                group * GROUP,
+                min(GROUP, M - group * GROUP),
+                D,
+                ALIGN,
+                GRAD_ALIGN,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_T,
+            )
+        for i in tl.static_range(min(GROUP, M - group * GROUP)):
+            grad = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
+            if THROUGH_TOKENS:
+                grad += dots[i]
+            if THROUGH_WEIGHTS:
+                offsets = rows(grad_weights_strides, sample, task, 1)[None, :]
+                offsets += token[:, None] * stride(grad_weights_strides[2], 1)
+                offsets += (group * GROUP + i) * stride(grad_weights_strides[3], 1)
+                grad += tl.load(grad_weights_ptr + offsets, mask=in_tasks, other=0.0).to(tl.float32)
+            tl.store(logits_ptr + logit_rows + (group * GROUP + i) * tasks, grad, mask=in_tasks)
+    tl.debug_barrier()
     weight_rows = ((sample * tasks + task)[None, :] * tokens + token[:, None]) * M
+    mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
     for m in tl.static_range(M):
-        weights = weights + (tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0),)
-        mean += weights[m] * grads[m]
-    sums = ()
+        grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
+        mean += tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * grad
     for m in tl.static_range(M):
-        logit = weights[m] * (grads[m] - mean)
-        sums = sums + (tl.sum(logit, axis=1),)
-        tl.store(logits_ptr + (row[:, None] * M + m) * tasks + task[None, :], logit, mask=in_tasks)
-    # What follows reads them again, a tile at a time: held for all experts in the arrangements that the products below ask
-    # for, they would fill the registers.
+        grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
+        logit = tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * (grad - mean)
+        tl.debug_barrier()  # all threads that hold a copy have read it
+        tl.store(logits_ptr + logit_rows + m * tasks, logit, mask=in_tasks)
     tl.debug_barrier()
 
     if KEEP_Y or FOR_EXPERTS:
         for block in range(W // BLOCK_W):
-            column_y = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            x, scale = load_multipliers(
-                z_ptr, scale_ptr, scale_strides, sample, row, exists, column_y, tasks, R, BLOCK_T
-            )
-            scale = tl.trans(scale)
+            column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            x, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column, tasks, R, BLOCK_T)
             for m in tl.static_range(M):
-                logit_tile = logits_ptr + (row[:, None] * M + m) * tasks + task[None, :]
-                logit = tl.load(logit_tile, mask=in_tasks, other=0.0)
-                y = x * tl.dot(logit, scale, input_precision=FINE)
-                to = (row[:, None] * M + m) * W + column_y[None, :]
-                tl.store(y_ptr + to, y.to(y_ptr.dtype.element_ty), mask=exists[:, None])
+                logit = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
+                y = x * tl.dot(logit, tl.trans(scale), input_precision=FINE)
+                to = y_ptr + (row[:, None] * M + m) * W + column[None, :]
+                tl.store(to, y.to(y_ptr.dtype.element_ty), mask=exists[:, None])
 
     if FOR_Z or FOR_SCALE:
         for block in range((R + BLOCK_W - 1) // BLOCK_W):
-            column_z = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            z, scale = load_multipliers(
-                z_ptr, scale_ptr, scale_strides, sample, row, exists, column_z, tasks, R, BLOCK_T
-            )
-            scale = tl.trans(scale)
+            column = block * BLOCK_W + tl.arange(0, BLOCK_W)
+            z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column, tasks, R, BLOCK_T)
             grad_z = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
             grad_scale = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
-            for group in tl.static_range((M + GROUP - 1) // GROUP):
+            for group in tl.static_range(GROUPS):
                 products = _products(
                     expert_ptrs,
                     expert_strides,
@@ -175,7 +342,7 @@ def _gradients(
                     sample,
                     token,
                     exists,
-                    column_z,
+                    column,
                     group * GROUP,
                     min(GROUP, M - group * GROUP),
                     D,
@@ -187,100 +354,71 @@ def _gradients(
                     BLOCK_W,
                 )
                 for i in tl.static_range(len(products)):
-                    logit_tile = logits_ptr + (row[:, None] * M + group * GROUP + i) * tasks + task[None, :]
+                    logit_tile = logits_ptr + logit_rows + (group * GROUP + i) * tasks
                     logit = tl.load(logit_tile, mask=in_tasks, other=0.0)
                     if FOR_Z:
-                        grad_z += products[i] * tl.dot(logit, scale, input_precision=FINE)
+                        grad_z += products[i] * tl.dot(logit, tl.trans(scale), input_precision=FINE)
                     if FOR_SCALE:
                         grad_scale = tl.dot(tl.trans(logit), z * products[i], grad_scale, input_precision=FINE)
             if FOR_Z:
-                in_z = exists[:, None] & (column_z < R)[None, :]
-                to = row[:, None] * R + column_z[None, :]
-                tl.store(grad_z_ptr + to, grad_z.to(grad_z_ptr.dtype.element_ty), mask=in_z)
+                in_z = exists[:, None] & (column < R)[None, :]
+                to = grad_z_ptr + row[:, None] * R + column[None, :]
+                tl.store(to, grad_z.to(grad_z_ptr.dtype.element_ty), mask=in_z)
             if FOR_SCALE:
-                in_scale = (task < tasks)[:, None] & (column_z < R)[None, :]
-                to = (program * tasks + task)[:, None] * R + column_z[None, :]
-                tl.store(grad_scale_ptr + to, grad_scale, mask=in_scale)
+                in_scale = (task < tasks)[:, None] & (column < R)[None, :]
+                to = grad_scale_ptr + (program * tasks + task)[:, None] * R + column[None, :]
+                tl.store(to, grad_scale, mask=in_scale)
 
-    if FOR_EXPERTS or FOR_BASE:
-        if FOR_EXPERTS:
-            tl.debug_barrier()  # Y is read again below, by other threads
-        for chunk in range(CHUNKS):
-            column_out = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-            in_out = exists[:, None] & (column_out < D)[None, :]
-            at = row[:, None] * D + column_out[None, :]
-            if FOR_BASE:
-                experts = _load_experts(expert_ptrs, expert_strides, sample, token, column_out, in_out, 0, M, ALIGN)
-                grad_base = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-                for m in tl.static_range(M):
-                    grad_base += sums[m][:, None] * experts[m].to(tl.float32)
-                tl.store(grad_base_ptr + at, grad_base.to(grad_base_ptr.dtype.element_ty), mask=in_out)
-            if FOR_EXPERTS:
-                base = tl.load(base_ptr + at, mask=in_out, other=0.0).to(tl.float32)
-                totals = ()
-                for m in tl.static_range(M):
-                    totals = totals + (sums[m][:, None] * base,)
-                if THROUGH_TOKENS:
-                    for t in range(tasks):
-                        grad = _load_grad(
-                            grad_tokens_ptr, grad_tokens_strides, sample, t, token, column_out, in_out, GRAD_ALIGN
-                        )
-                        weight_row = ((sample * tasks + t) * tokens + token) * M
-                        added = ()
-                        for m in tl.static_range(M):
-                            weight = tl.load(weights_ptr + weight_row + m, mask=exists, other=0.0)
-                            added = added + (totals[m] + weight[:, None] * grad,)
-                        totals = added
-                for block in range(W // BLOCK_W):
-                    column_w = block * BLOCK_W + tl.arange(0, BLOCK_W)
-                    factors_tile = factors_ptr + column_out[None, :] * W + column_w[:, None]
-                    factors = tl.load(factors_tile, mask=(column_out < D)[None, :], other=0.0)
-                    more = ()
-                    for m in tl.static_range(M):
-                        y_tile = y_ptr + (row[:, None] * M + m) * W + column_w[None, :]
-                        y = tl.load(y_tile, mask=exists[:, None], other=0.0)
-                        more = more + (dot_like(y, factors, totals[m], PRECISION),)
-                    totals = more
-                for m in tl.static_range(M):
-                    if (FOR_EXPERTS >> m) & 1:
-                        to = grad_expert_ptrs[m] + at
-                        tl.store(to, totals[m].to(to.dtype.element_ty), mask=in_out)
-
-
-@triton.jit
-def _products(
-    expert_ptrs,
-    expert_strides,
-    factors_ptr,
-    sample,
-    token,
-    exists,
-    factor_column,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    # Columns of P_k (BLOCK_N, BLOCK_W) of experts FIRST to FIRST + SIZE, from one sweep over the channels.
-    products = ()
-    for _ in tl.static_range(SIZE):
-        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
-        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = exists[:, None] & (column < D)[None, :]
-        experts = _load_experts(expert_ptrs, expert_strides, sample, token, column, inside, FIRST, SIZE, ALIGN)
-        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
-        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
-        more = ()
-        for i in tl.static_range(SIZE):
-            more = more + (dot_like(experts[i], factors, products[i], PRECISION),)
-        products = more
-    return products
+    if FOR_BASE:
+        _write_grad_base(
+            grad_base_ptr,
+            expert_ptrs,
+            expert_strides,
+            logits_ptr,
+            logit_rows,
+            in_tasks,
+            sample,
+            token,
+            exists,
+            row,
+            tasks,
+            D,
+            ALIGN,
+            BLOCK_N,
+            BLOCK_D,
+        )
+    if FOR_EXPERTS:
+        tl.debug_barrier()  # Y is read again below, by other threads
+        for group in tl.static_range(GROUPS):
+            _write_grad_experts(
+                grad_expert_ptrs,
+                grad_tokens_ptr,
+                grad_tokens_strides,
+                weights_ptr,
+                base_ptr,
+                factors_ptr,
+                y_ptr,
+                logits_ptr,
+                logit_rows,
+                in_tasks,
+                sample,
+                token,
+                exists,
+                row,
+                tokens,
+                tasks,
+                group * GROUP,
+                min(GROUP, M - group * GROUP),
+                M,
+                D,
+                W,
+                FOR_EXPERTS,
+                THROUGH_TOKENS,
+                GRAD_ALIGN,
+                PRECISION,
+                BLOCK_D,
+                BLOCK_W,
+            )
 
 
 @kernel
