@@ -132,8 +132,3 @@ def precision(dtype: torch.dtype) -> str:
     beside float32, unless torch's own setting allows tf32."""
     allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
-
-
-def fine_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of small products of float32 sums, whose rounding must not show beside any activation type."""
-    return "tf32x3" if precision(dtype) == "tf32" and not torch.version.hip else "ieee"

@@ -6,7 +6,7 @@ With base = q W0 / sqrt(D), z = q U / sqrt(D), u_k = V^T F_k and c_t = (b0 + h_t
 
 The last two terms of s are one product, with the factors [V | c] (D, W) made beforehand by `_factors`, and one small one:
 
-    P_k = F_k [V | c]        s_k = base . F_k + ([z | 1] o P_k) [g | I]^T
+    P_k = F_k [V | c]        X = [z | 1]        s_k = base . F_k + (X o P_k) [g | I]^T
 
 so the wide products do not grow with the number of tasks: a further one costs M (R + D) multiply-adds a token. Beside
 16-bit activations c has two columns a task, c rounded and the rest, so that it counts to 16 bits or more.
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import dot_like, rows, rows_of, softmax_of, stride
-from tiger_fast.kernels.launch import alignment, dense, fine_precision, kernel, launch, power, precision, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
 
 
 @kernel
@@ -74,29 +74,18 @@ def _factors(
 
 
 @triton.jit
-def load_multipliers(
-    z_ptr,
-    scale_ptr,
-    scale_strides,
-    sample,
-    row,
-    exists,
-    column,
-    tasks,
-    R: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
-    """Columns of [z | 1], (BLOCK_N, BLOCK_W), and rows of [g | I]^T, (BLOCK_W, BLOCK_T), in float32."""
-    task = tl.arange(0, BLOCK_T)
-    in_z = exists[:, None] & (column < R)[None, :]
-    z = tl.load(z_ptr + row[:, None] * R + column[None, :], mask=in_z, other=0.0).to(tl.float32)
-    z = tl.where((column < R)[None, :], z, 1.0)
-    in_scale = (column < R)[:, None] & (task < tasks)[None, :]
-    offsets = rows(scale_strides, sample, task, 1)[None, :] + column[:, None]
-    scale = tl.load(scale_ptr + offsets, mask=in_scale, other=0.0).to(tl.float32)
-    shifted = (column - R)[:, None]
-    identity = (task < tasks)[None, :] & ((shifted == task[None, :]) | (shifted == task[None, :] + tasks))
-    return z, tl.where(identity, 1.0, scale)
+def load_x(z_ptr, row, exists, column, R: tl.constexpr):
+    """Columns of X = [z | 1], (BLOCK_N, BLOCK_W), in float32."""
+    inside = exists[:, None] & (column < R)[None, :]
+    z = tl.load(z_ptr + row[:, None] * R + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    return tl.where((column < R)[None, :], z, 1.0)
+
+
+@triton.jit
+def load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R: tl.constexpr):
+    """Columns of a task's row of [g | I], (BLOCK_W), in float32; I has two columns for every task."""
+    scale = tl.load(scale_ptr + rows(scale_strides, sample, t, 1) + column, mask=column < R, other=0.0).to(tl.float32)
+    return tl.where((column - R == t) | (column - R == t + tasks), 1.0, scale)
 
 
 @triton.jit
@@ -186,6 +175,26 @@ def _products(
     return dots, products
 
 
+@triton.jit
+def _add_logits(
+    logits, x, products, scale_ptr, scale_strides, sample, column, tasks, R: tl.constexpr, BLOCK_T: tl.constexpr
+):
+    # logits, a tuple of (BLOCK_N, BLOCK_T), and what these columns of P add to them. Not by tl.dot: without matrix
+    # instructions for float32 its operands would fill the registers, and this is W / D of the mixtures' work.
+    task = tl.arange(0, BLOCK_T)
+    scaled = ()
+    for i in tl.static_range(len(logits)):
+        scaled = scaled + (x * products[i],)
+    for t in range(tasks):
+        scale = load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)
+        more = ()
+        for i in tl.static_range(len(logits)):
+            added = tl.sum(scaled[i] * scale[None, :], axis=1)
+            more = more + (logits[i] + tl.where((task == t)[None, :], added[:, None], 0.0),)
+        logits = more
+    return logits
+
+
 @kernel
 def _forward(
     query_ptr,
@@ -211,7 +220,6 @@ def _forward(
     ONE_PASS: tl.constexpr,
     ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    FINE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -238,9 +246,7 @@ def _forward(
     logits = ()
     for group in tl.static_range((M + GROUP - 1) // GROUP):
         factor_column = tl.arange(0, BLOCK_W)
-        z, scale = load_multipliers(
-            z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, tasks, R, BLOCK_T
-        )
+        x = load_x(z_ptr, row, exists, factor_column, R)
         dots, products = _products(
             query_ptr,
             query_rows,
@@ -269,13 +275,11 @@ def _forward(
         )
         some = ()
         for i in tl.static_range(len(dots)):
-            logit = tl.zeros((BLOCK_N, BLOCK_T), tl.float32) + dots[i][:, None]
-            some = some + (tl.dot(z * products[i], scale, logit, input_precision=FINE),)
+            some = some + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32) + dots[i][:, None],)
+        some = _add_logits(some, x, products, scale_ptr, scale_strides, sample, factor_column, tasks, R, BLOCK_T)
         for block in range(1, W // BLOCK_W):
             factor_column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            z, scale = load_multipliers(
-                z_ptr, scale_ptr, scale_strides, sample, row, exists, factor_column, tasks, R, BLOCK_T
-            )
+            x = load_x(z_ptr, row, exists, factor_column, R)
             _, products = _products(
                 query_ptr,
                 query_rows,
@@ -302,10 +306,7 @@ def _forward(
                 BLOCK_D,
                 BLOCK_W,
             )
-            more = ()
-            for i in tl.static_range(len(some)):
-                more = more + (tl.dot(z * products[i], scale, some[i], input_precision=FINE),)
-            some = more
+            some = _add_logits(some, x, products, scale_ptr, scale_strides, sample, factor_column, tasks, R, BLOCK_T)
         if M <= GROUP:
             logits = some
         else:
@@ -319,12 +320,12 @@ def _forward(
     else:
         tl.debug_barrier()
         largest = tl.full((BLOCK_N, BLOCK_T), float("-inf"), tl.float32)
-        for m in tl.static_range(M):
+        for m in range(M):
             largest = tl.maximum(largest, tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0))
         total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for m in tl.static_range(M):
+        for m in range(M):
             total += tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest)
-        for m in tl.static_range(M):
+        for m in range(M):
             weight = tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest) / total
             tl.debug_barrier()  # all threads that hold a copy have read it
             tl.store(weights_ptr + weight_rows + m, weight, mask=in_weights)
@@ -440,7 +441,6 @@ def route(
         ONE_PASS=one_pass,
         ALIGN=alignment(query, *experts),
         PRECISION=precision(dtype),
-        FINE=fine_precision(dtype),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_R=max(16, power(rank)),

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import dot_like, rows, rows_of, stride
-from tiger_fast.kernels.launch import alignment, dense, fine_precision, kernel, launch, power, precision, strides
-from tiger_fast.kernels.route import load_multipliers, make_factors, per_sample
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
+from tiger_fast.kernels.route import load_scale, load_x, make_factors, per_sample
 
 
 @triton.jit
@@ -255,7 +255,6 @@ def _gradients(
     ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
     PRECISION: tl.constexpr,
-    FINE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -308,10 +307,10 @@ def _gradients(
     tl.debug_barrier()
     weight_rows = ((sample * tasks + task)[None, :] * tokens + token[:, None]) * M
     mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for m in tl.static_range(M):
+    for m in range(M):
         grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
         mean += tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * grad
-    for m in tl.static_range(M):
+    for m in range(M):
         grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
         logit = tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * (grad - mean)
         tl.debug_barrier()  # all threads that hold a copy have read it
@@ -321,19 +320,20 @@ def _gradients(
     if KEEP_Y or FOR_EXPERTS:
         for block in range(W // BLOCK_W):
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            x, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column, tasks, R, BLOCK_T)
-            for m in tl.static_range(M):
-                logit = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
-                y = x * tl.dot(logit, tl.trans(scale), input_precision=FINE)
+            x = load_x(z_ptr, row, exists, column, R)
+            for m in range(M):
+                y = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+                for t in range(tasks):
+                    logit = tl.load(logits_ptr + (row * M + m) * tasks + t, mask=exists, other=0.0)
+                    y += logit[:, None] * load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)[None, :]
                 to = y_ptr + (row[:, None] * M + m) * W + column[None, :]
-                tl.store(to, y.to(y_ptr.dtype.element_ty), mask=exists[:, None])
+                tl.store(to, (x * y).to(y_ptr.dtype.element_ty), mask=exists[:, None])
 
     if FOR_Z or FOR_SCALE:
         for block in range((R + BLOCK_W - 1) // BLOCK_W):
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
-            z, scale = load_multipliers(z_ptr, scale_ptr, scale_strides, sample, row, exists, column, tasks, R, BLOCK_T)
+            x = load_x(z_ptr, row, exists, column, R)
             grad_z = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
-            grad_scale = tl.zeros((BLOCK_T, BLOCK_W), tl.float32)
             for group in tl.static_range(GROUPS):
                 products = _products(
                     expert_ptrs,
@@ -353,21 +353,22 @@ def _gradients(
                     BLOCK_D,
                     BLOCK_W,
                 )
-                for i in tl.static_range(len(products)):
-                    logit_tile = logits_ptr + logit_rows + (group * GROUP + i) * tasks
-                    logit = tl.load(logit_tile, mask=in_tasks, other=0.0)
+                for t in range(tasks):
+                    mixed = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
+                    for i in tl.static_range(len(products)):
+                        logit_tile = logits_ptr + (row * M + group * GROUP + i) * tasks + t
+                        mixed += tl.load(logit_tile, mask=exists, other=0.0)[:, None] * products[i]
                     if FOR_Z:
-                        grad_z += products[i] * tl.dot(logit, tl.trans(scale), input_precision=FINE)
+                        grad_z += mixed * load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)[None, :]
                     if FOR_SCALE:
-                        grad_scale = tl.dot(tl.trans(logit), z * products[i], grad_scale, input_precision=FINE)
+                        # Each group of experts adds to a part of its own.
+                        part = (program * GROUPS + group) * tasks + t
+                        grad_scale = tl.sum(x * mixed, axis=0)
+                        tl.store(grad_scale_ptr + part * R + column, grad_scale, mask=column < R)
             if FOR_Z:
                 in_z = exists[:, None] & (column < R)[None, :]
                 to = grad_z_ptr + row[:, None] * R + column[None, :]
                 tl.store(to, grad_z.to(grad_z_ptr.dtype.element_ty), mask=in_z)
-            if FOR_SCALE:
-                in_scale = (task < tasks)[:, None] & (column < R)[None, :]
-                to = grad_scale_ptr + (program * tasks + task)[:, None] * R + column[None, :]
-                tl.store(to, grad_scale, mask=in_scale)
 
     if FOR_BASE:
         _write_grad_base(
@@ -498,7 +499,8 @@ def route_backward(
     grad_z = torch.empty_like(z) if for_query or for_u else None
     c = config.choose("route_backward", query.device, dtype, D=width, M=members, T=power(tasks), W=columns)
     blocks = triton.cdiv(tokens, c.rows)
-    scale_parts = query.new_empty((batch, blocks, tasks, rank), dtype=torch.float32) if for_scale else None
+    groups = triton.cdiv(members, c.group)
+    scale_parts = query.new_empty((batch, blocks * groups, tasks, rank), dtype=torch.float32) if for_scale else None
     y = None
     if for_factors or for_experts:
         # float16 cannot hold small gradients, and these are not what a loss is scaled for.
@@ -542,7 +544,6 @@ def route_backward(
         ALIGN=alignment(*experts),
         GRAD_ALIGN=1 if grad_tokens is None else alignment(grad_tokens),
         PRECISION=precision(dtype),
-        FINE=fine_precision(dtype),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_T=max(16, power(tasks)),
