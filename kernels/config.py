@@ -182,18 +182,16 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # Sums in float32 of up to 64 columns for each of a group's experts: at most 32 of a thread's registers.
-    threads, rows = 128, 16
-    group = max(1, min(M, 32 * threads // (rows * min(64, W))))
-    return Config(rows, even_width(D, 128 // itemsize), threads // arch.warp, num_stages=3, group=group)
+    # 8 (16 in float32) elements a thread of each tile; sums of up to 64 columns for each of a group's experts, 8 of a
+    # thread's registers an expert.
+    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=2, group=min(M, 4))
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # M gradients' tiles in float32 beside M experts': 8 + 4 of a thread's registers for each at 4 warps.
-    threads, rows = (128 if M <= 4 else 256), 16
-    group = max(1, min(M, 32 * threads // (rows * min(64, W))))
-    return Config(rows, even_width(D, 128 // itemsize), threads // arch.warp, num_stages=2, group=group)
+    # As in the forward. Groups of two at the limits, where four spill a few registers.
+    group = min(M, 2 if T > 16 or (itemsize == 4 and M > 8) else 4)
+    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=1, group=group, columns=32)
 
 
 @heuristic

@@ -320,15 +320,15 @@ def _forward(
     else:
         tl.debug_barrier()
         largest = tl.full((BLOCK_N, BLOCK_T), float("-inf"), tl.float32)
-        for m in range(M):
-            largest = tl.maximum(largest, tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0))
+        for member in range(M):
+            largest = tl.maximum(largest, tl.load(weights_ptr + weight_rows + member, mask=in_weights, other=0.0))
         total = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-        for m in range(M):
-            total += tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest)
-        for m in range(M):
-            weight = tl.exp(tl.load(weights_ptr + weight_rows + m, mask=in_weights, other=0.0) - largest) / total
+        for member in range(M):
+            total += tl.exp(tl.load(weights_ptr + weight_rows + member, mask=in_weights, other=0.0) - largest)
+        for member in range(M):
+            weight = tl.exp(tl.load(weights_ptr + weight_rows + member, mask=in_weights, other=0.0) - largest) / total
             tl.debug_barrier()  # all threads that hold a copy have read it
-            tl.store(weights_ptr + weight_rows + m, weight, mask=in_weights)
+            tl.store(weights_ptr + weight_rows + member, weight, mask=in_weights)
     # What follows reads the weights in another arrangement over threads than the one they were written in.
     tl.debug_barrier()
 

@@ -307,26 +307,26 @@ def _gradients(
     tl.debug_barrier()
     weight_rows = ((sample * tasks + task)[None, :] * tokens + token[:, None]) * M
     mean = tl.zeros((BLOCK_N, BLOCK_T), tl.float32)
-    for m in range(M):
-        grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
-        mean += tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * grad
-    for m in range(M):
-        grad = tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0)
-        logit = tl.load(weights_ptr + weight_rows + m, mask=in_tasks, other=0.0) * (grad - mean)
+    for member in range(M):
+        grad = tl.load(logits_ptr + logit_rows + member * tasks, mask=in_tasks, other=0.0)
+        mean += tl.load(weights_ptr + weight_rows + member, mask=in_tasks, other=0.0) * grad
+    for member in range(M):
+        grad = tl.load(logits_ptr + logit_rows + member * tasks, mask=in_tasks, other=0.0)
+        logit = tl.load(weights_ptr + weight_rows + member, mask=in_tasks, other=0.0) * (grad - mean)
         tl.debug_barrier()  # all threads that hold a copy have read it
-        tl.store(logits_ptr + logit_rows + m * tasks, logit, mask=in_tasks)
+        tl.store(logits_ptr + logit_rows + member * tasks, logit, mask=in_tasks)
     tl.debug_barrier()
 
     if KEEP_Y or FOR_EXPERTS:
         for block in range(W // BLOCK_W):
             column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             x = load_x(z_ptr, row, exists, column, R)
-            for m in range(M):
+            for member in range(M):
                 y = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
                 for t in range(tasks):
-                    logit = tl.load(logits_ptr + (row * M + m) * tasks + t, mask=exists, other=0.0)
+                    logit = tl.load(logits_ptr + (row * M + member) * tasks + t, mask=exists, other=0.0)
                     y += logit[:, None] * load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)[None, :]
-                to = y_ptr + (row[:, None] * M + m) * W + column[None, :]
+                to = y_ptr + (row[:, None] * M + member) * W + column[None, :]
                 tl.store(to, (x * y).to(y_ptr.dtype.element_ty), mask=exists[:, None])
 
     if FOR_Z or FOR_SCALE:

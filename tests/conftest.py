@@ -1,7 +1,13 @@
 """Which tests run where; each skip says why (addopts has -ra)."""
 
+import os
+
 import pytest
 import torch
+
+# Read when Triton is first imported, by whatever test comes first: where there is no GPU its kernels run in its interpreter.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 
-from tiger_fast import functional
+from tiger_fast import available_backends, functional
 
 SIZES = {"B": 2, "T": 3, "M": 4, "N": 5, "D": 6, "R": 3, "C": 4, "G": 3}
 
@@ -31,6 +31,9 @@ FUNCTIONS = tuple(ACTIVATIONS)
 # Functions whose outputs are float32 or float64 whatever their arguments are.
 LOSSES = tuple(name for name in FUNCTIONS if "loss" in name or name == "causal_target")
 TOKEN_LOSSES = ("cross_entropy", "l1", "mse", "bce", "cosine")
+
+# The backends that every test of the contract runs on. Triton's interpreter is too slow for that: see test_triton.py.
+THOROUGH = tuple(name for name in available_backends() if name != "triton")
 
 Draw = Callable[..., Tensor]
 

@@ -1,4 +1,4 @@
-"""What the tests of the compiled CPU kernels share: which cases they run, a comparison with the reference that knows
+"""What the tests of the native backends share: which cases the CPU's kernels run, a comparison with the reference that knows
 what a type can hold, a record of operator calls, and memory that shows an access too far."""
 
 import ctypes
@@ -46,11 +46,11 @@ def run(
     return tuple(o.detach() for o in outputs), dict(zip(wanted, found, strict=True))
 
 
-def random_cotangents(name: str, arguments: dict, seed: int = 1) -> list[Tensor]:
+def random_cotangents(name: str, arguments: dict, seed: int = 1, backend: str = "cpu") -> list[Tensor]:
     """One for each output, in its type: random, but for a mean's, which is the number of rows, so that its gradients are
     of magnitude 1 like any other and errors in them stand out."""
     with torch.no_grad():
-        outputs = call(name, arguments, backend="cpu")
+        outputs = call(name, arguments, backend=backend)
     generator = torch.Generator().manual_seed(seed)
     rows = max(t.numel() // max(1, t.shape[-1]) for t in tensors(arguments).values() if t.dim())
     return [
@@ -122,13 +122,14 @@ def check(
     factor: float = 2,
     terms: float = 1,
     shake: int | None = None,
+    backend: str = "cpu",
 ) -> None:
-    """Compares values and gradients, three ways: the kernels, the reference in the same types, and in float64.
+    """Compares values and gradients, three ways: a backend's kernels, the reference in the same types, and in float64.
 
     `terms` is the magnitude of what is summed. With `shake`, a seed, the kernels may also be as far off as rounding the
     arguments would make any implementation: on arguments that nobody chose, eager is exact by chance now and then."""
-    given = random_cotangents(name, arguments) if cotangents is None else cotangents
-    outputs, found = run(name, arguments, given, needs=needs)
+    given = random_cotangents(name, arguments, backend=backend) if cotangents is None else cotangents
+    outputs, found = run(name, arguments, given, backend, needs)
     eager, eager_found = run(name, arguments, given, "reference", needs)
     exact, exact_found = run(name, exactly(arguments), exactly(given), "reference", needs)
     # What is stored on the way is rounded to the narrowest type: float32 weights, losses and parameters' gradients
@@ -179,14 +180,14 @@ class Recorder(TorchDispatchMode):
 
     def native(self) -> list[tuple]:
         """The calls of this library's operators."""
-        return [entry for entry in self.calls if entry[0].namespace == "tiger_fast"]
+        return [entry for entry in self.calls if entry[0].namespace.startswith("tiger_fast")]
 
 
-def raw_calls(name: str, arguments: dict) -> list[tuple]:
+def raw_calls(name: str, arguments: dict, backend: str = "cpu") -> list[tuple]:
     """The calls of this library's operators in a forward and a backward pass, their tensors detached."""
-    cotangents = random_cotangents(name, arguments)
+    cotangents = random_cotangents(name, arguments, backend=backend)
     with Recorder() as recorder:
-        run(name, arguments, cotangents)
+        run(name, arguments, cotangents, backend)
     return [(operator, map_tensors(torch.detach, values)) for operator, values, _ in recorder.native()]
 
 

@@ -12,6 +12,7 @@ from helpers import (
     FUNCTIONS,
     LOSSES,
     PLAIN,
+    THOROUGH,
     TOKEN_LOSSES,
     call,
     gradients,
@@ -33,7 +34,7 @@ TINY = 2.0**-126
 LOW = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # relative spacing
 
 
-@pytest.fixture(autouse=True, scope="module", params=tiger_fast.available_backends())
+@pytest.fixture(autouse=True, scope="module", params=THOROUGH)
 def backend(request):
     """Every test here runs once on each backend of this installation."""
     with tiger_fast.use_backend(request.param):

@@ -5,7 +5,7 @@ import re
 import numpy
 import pytest
 import torch
-from helpers import CASES, FUNCTIONS, PLAIN, TOKEN_LOSSES, call, make, replaced, tensors
+from helpers import CASES, FUNCTIONS, PLAIN, THOROUGH, TOKEN_LOSSES, call, make, replaced, tensors
 
 import tiger_fast
 from tiger_fast import functional
@@ -22,7 +22,7 @@ OTHERS = [(function, key) for function, key in EVERY_TENSOR if key != FIRST[func
 INTEGERS = ("target",)  # of the plain counterfactual case, cross-entropy
 
 
-@pytest.fixture(autouse=True, scope="module", params=tiger_fast.available_backends())
+@pytest.fixture(autouse=True, scope="module", params=THOROUGH)
 def backend(request):
     """Every backend refuses the same things."""
     with tiger_fast.use_backend(request.param):

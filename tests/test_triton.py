@@ -1,0 +1,206 @@
+"""The Triton kernels in Triton's interpreter: that they run where they are listed, agree with the reference in every layout and
+size, write all that they return, move no more memory than they must, and treat autograd as the contract says."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import torch
+from helpers import ACTIVATIONS, CASES, PLAIN, call, make, replaced, tensors, transform
+from native import check, random_cotangents, raw_calls, run
+from torch import Tensor
+
+import tiger_fast
+from tiger_fast.ops import backends
+from tiger_fast.ops import triton as backend
+
+if not backend.INTERPRETED:
+    pytest.skip("these run in Triton's interpreter, which TRITON_INTERPRET=1 turns on", allow_module_level=True)
+
+FUNCTIONS = tuple(backend.NATIVE)
+NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
+NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
+SMALL = {"B": 2, "T": 2, "M": 3, "N": 3, "D": 8, "R": 3, "C": 4, "G": 3}
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What a kernel leaves unwritten is NaN (or an absurd integer), in every test here."""
+
+    def fill(function):
+        def filled(*arguments, **keywords):
+            fresh = function(*arguments, **keywords)
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else 7) if fresh.numel() else fresh
+
+        return filled
+
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
+
+
+def small(name: str, dtype: torch.dtype = torch.float32, companions: torch.dtype | None = None, **sizes: int) -> dict:
+    """Few numbers; sizes that a case fixes stay."""
+    chosen = {key: value for key, value in (SMALL | sizes).items() if key not in CASES[name].sizes}
+    arguments = make(name, dtype, companions, **chosen)
+    if "num_heads" in arguments and chosen.get("D", 0) % arguments["num_heads"]:
+        arguments["num_heads"] = 1
+    return arguments
+
+
+def test_the_kernels_run_and_not_the_reference(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("the reference ran")
+
+    monkeypatch.setitem(backends._NATIVE, "reference", dict.fromkeys(backends.OPS, refuse))
+    for name in NATIVE_PLAIN:
+        arguments = small(name)
+        run(name, arguments, random_cotangents(name, arguments, backend="triton"), "triton")
+
+
+@pytest.mark.parametrize("name", NATIVE_CASES)
+def test_values_and_gradients_agree(name):
+    check(name, small(name), backend="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_low_precision_agrees(name, dtype):
+    # The interpreter rounds bfloat16 towards zero, which a GPU does not: twice the error.
+    check(name, small(name, dtype, torch.float32), factor=4, shake=0, backend="triton")
+
+
+SIZES = [
+    *({"D": 1, "R": 1}, {"D": 7, "R": 1}, {"D": 40, "R": 17, "C": 17}, {"N": 1}, {"B": 1, "N": 19}),
+    *({"M": 1, "T": 1, "G": 1}, {"M": 5, "T": 3, "G": 5}, {"M": 16, "T": 1, "N": 1}, {"T": 17, "N": 1, "M": 2}),
+]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_odd_sizes_agree(name, sizes):
+    if not set(sizes) & set(make_sizes(name)):
+        pytest.skip("this function has none of these sizes")
+    check(name, small(name, **sizes), shake=0, backend="triton")
+
+
+def make_sizes(name: str) -> set[str]:
+    # The sizes that change a case's tensors.
+    shapes = [t.shape for t in tensors(small(name)).values()]
+    return {s for s in SMALL if [t.shape for t in tensors(small(name, **{s: SMALL[s] + 1})).values()] != shapes}
+
+
+@pytest.mark.parametrize("sizes", [{"B": 0}, {"N": 0}, {"B": 0, "N": 0}], ids=str)
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_nothing_is_computed_from_nothing(name, sizes):
+    check(name, small(name, **sizes), backend="triton")
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_strides_change_nothing(name):
+    dense = small(name, N=5)
+
+    def transposed(value: Tensor) -> Tensor:
+        return value.mT.contiguous().mT if value.dim() > 1 else value
+
+    def sliced(value: Tensor) -> Tensor:
+        if not value.dim():
+            return value
+        wide = value.new_zeros((*value.shape[:-1], value.shape[-1] + 3))
+        wide[..., 1:-2] = value
+        return wide[..., 1:-2]
+
+    given = random_cotangents(name, dense, backend="triton")
+    expected = run(name, dense, given, "triton")
+    for change in (transposed, sliced):
+        outputs, found = run(name, transform(change, dense), [change(c) for c in given], "triton")
+        assert all(torch.equal(a, b) for a, b in zip(outputs, expected[0], strict=True))
+        for key, value in found.items():
+            torch.testing.assert_close(value, expected[1][key], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_each_gradient_alone_is_the_same(name):
+    arguments = small(name)
+    given = random_cotangents(name, arguments, backend="triton")
+    _, together = run(name, arguments, given, "triton")
+    for key, value in together.items():
+        _, alone = run(name, arguments, given, "triton", [key])
+        if value is None:
+            assert alone[key] is None
+        else:
+            torch.testing.assert_close(alone[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", [n for n in NATIVE_PLAIN if n.startswith(("route", "counterfactual", "competency"))])
+def test_an_absent_gradient_counts_as_zero(name):
+    arguments = small(name)
+    given = random_cotangents(name, arguments, backend="triton")
+    for absent in range(len(given)):
+        some = [None if i == absent else c for i, c in enumerate(given)]
+        zeros = [torch.zeros_like(c) if i == absent else c for i, c in enumerate(given)]
+        _, found = run(name, arguments, some, "triton")
+        _, expected = run(name, arguments, zeros, "triton")
+        for key, value in found.items():
+            other = expected[key]
+            if value is None:
+                assert other is None or not other.any()
+            else:
+                torch.testing.assert_close(
+                    value, torch.zeros_like(value) if other is None else other, rtol=1e-6, atol=1e-6
+                )
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_what_is_not_finite_stays_in_its_token(name):
+    arguments = small(name, N=18)
+    per_token = {key: t for key, t in tensors(arguments).items() if key.partition("[")[0] in ACTIVATIONS[name]}
+    if name.partition(" ")[0] == "alignment_loss" or not per_token:
+        pytest.skip("this function has no output of its own for each token")
+    broken = {}
+    for key, value in per_token.items():
+        broken[key] = value.clone()
+        broken[key][..., 4, :] = torch.nan
+    clean = call(name, arguments, backend="triton")
+    outputs = call(name, replaced(arguments, broken), backend="triton")
+    for value, expected in zip(outputs, clean, strict=True):
+        if 18 not in value.shape:
+            continue
+        tokens = value.shape.index(18)
+        others = torch.arange(18) != 4
+        assert torch.equal(value.movedim(tokens, 0)[others], expected.movedim(tokens, 0)[others])
+        assert value.movedim(tokens, 0)[4].isnan().any()
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_opcheck_accepts_every_operator(name):
+    calls = raw_calls(name, small(name), "triton")
+    assert len(calls) >= 2
+    for operator, values in calls:
+        # The last test of opcheck asks for a derivative, which is in the autograd.Function outside the operator.
+        torch.library.opcheck(
+            operator, values, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+        )
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_compiles_whole(name):
+    arguments = small(name)
+    keys = [key for key, t in tensors(arguments).items() if t.is_floating_point()]
+
+    def function(*values: Tensor) -> tuple[Tensor, ...]:
+        return call(name, replaced(arguments, dict(zip(keys, values, strict=True))), backend="triton")
+
+    values = [tensors(arguments)[key] for key in keys]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for a, b in zip(compiled(*values), function(*values), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_double_precision_is_refused_by_name():
+    # That it runs the reference where nobody named a backend is a test on a GPU.
+    arguments = small("leave_one_out", torch.float64)
+    with pytest.raises(TypeError, match=r"'triton'.*float64"):
+        call("leave_one_out", arguments, backend="triton")
+    with tiger_fast.use_backend("triton"), pytest.raises(TypeError, match=r"'triton'.*float64"):
+        call("leave_one_out", arguments)
