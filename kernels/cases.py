@@ -146,7 +146,9 @@ _ARGUMENTS: dict[str, Callable[[dict, Draw], dict]] = {
     "counterfactual_losses_from_projections": _projections,
     "causal_target": lambda n, draw: {"delta": draw(n["B"], n["T"], n["N"], n["M"]), "tau": 1.0, "eps": 1e-6},
     "alignment_loss": _alignment,
-    "group_attention": lambda n, draw: {x: draw(n["B"], n["G"], n["N"], n["D"]) for x in "qkv"} | {"num_heads": n["heads"]},
+    "group_attention": lambda n, draw: (
+        {x: draw(n["B"], n["G"], n["N"], n["D"]) for x in "qkv"} | {"num_heads": n["heads"]}
+    ),
     "group_attention_packed": lambda n, draw: {
         "qkv": draw(n["B"], n["G"], n["N"], 3 * n["D"]),
         "num_heads": n["heads"],

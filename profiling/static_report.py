@@ -93,7 +93,9 @@ def all_cases() -> Iterator[Case]:
             aligned = sizes.get("D", 768) * dtype.itemsize % 16 == 0
             yield Case(name, dtype, sizes, ops, aligned=aligned)
             if "leave_one_out" in ops:
-                yield Case(f"renormalised {name}", dtype, sizes, ("leave_one_out",), None, aligned, {"renormalize": True})
+                yield Case(
+                    f"renormalised {name}", dtype, sizes, ("leave_one_out",), None, aligned, {"renormalize": True}
+                )
         for place, loss in enumerate(LOSSES):
             yield Case(loss, dtype, ops=_COUNTERFACTUAL, arguments={"loss": place})
         yield Case("alignment of a target with a gradient", dtype, ops=("alignment_loss",), arguments={"keep": False})
@@ -159,7 +161,9 @@ def _compile(job: Job, results: Connection) -> None:
 
 def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Callable[[str], None]) -> list[dict]:
     """A row for each job. One that takes longer than `limit` seconds has an error for its numbers."""
-    fork = multiprocessing.get_context("fork")  # a child that had to import torch again would take longer than a compile
+    fork = multiprocessing.get_context(
+        "fork"
+    )  # a child that had to import torch again would take longer than a compile
     waiting, running, rows = list(enumerate(work)), {}, {}
     while waiting or running:
         while waiting and len(running) < processes:
@@ -270,7 +274,9 @@ def sources_hash() -> str:
 
 def _cell(row: dict, column: str) -> str:
     if column == "config":
-        return " ".join(f"{k.lower()}={v}" for k, v in row["config"].items() if k.startswith(("BLOCK", "num_")) or k == "GROUP")
+        return " ".join(
+            f"{k.lower()}={v}" for k, v in row["config"].items() if k.startswith(("BLOCK", "num_")) or k == "GROUP"
+        )
     if column == "kernel":
         return row["kernel"].replace("__", "_")
     return str(row[column])

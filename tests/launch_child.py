@@ -35,7 +35,11 @@ def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> list[cases.Ca
     found = cases.calls(op, sizes, dtype)
     for change in (view, swapped):
         given = {
-            name: [change(t) for t in value] if isinstance(value, list) else change(value) if torch.is_tensor(value) else value
+            name: [change(t) for t in value]
+            if isinstance(value, list)
+            else change(value)
+            if torch.is_tensor(value)
+            else value
             for name, value in cases.arguments(op, sizes, dtype).items()
         }
         forward = cases.Call(op, tuple(given.values()))
@@ -50,7 +54,9 @@ def main() -> None:
             for batch, tokens in BATCHES:
                 for call in calls(op, dtype, batch, tokens):
                     for launch in launches_of(call):
-                        keep = "keep" if any(a is True for a in call.arguments) else ""  # a forward that keeps something is another kernel
+                        keep = (
+                            "keep" if any(a is True for a in call.arguments) else ""
+                        )  # a forward that keeps something is another kernel
                         name = f"{call.name} {aot.name_of(launch)} {dtype} {keep}".strip()
                         keys[name][repr(aot.specialization(launch, ARCH))] = None
     print(json.dumps({name: list(found) for name, found in keys.items()}))

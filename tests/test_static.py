@@ -61,7 +61,9 @@ sys.exit(static_report.main(["--op", "leave_one_out", "--gate"]))
 def test_a_tile_far_too_large_is_refused():
     done = child("-c", PLANTED)
     assert done.returncode == 1, done.stderr[-4000:]
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("leave_one_out_forward sm_90 bfloat16, default:")]
+    (line,) = [
+        line for line in done.stdout.splitlines() if line.startswith("leave_one_out_forward sm_90 bfloat16, default:")
+    ]
     assert "bytes spilled" in line and "a stack of" in line
 
 

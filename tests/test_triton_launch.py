@@ -75,7 +75,14 @@ def test_a_tuned_file_goes_before_the_heuristic(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [((7, 5), "sm_80"), ((8, 0), "sm_80"), ((8, 9), "sm_80"), ((9, 0), "sm_90"), ((10, 0), "sm_100"), ((12, 0), "sm_100")],
+    [
+        ((7, 5), "sm_80"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_100"),
+    ],
     ids=str,
 )
 def test_an_unknown_architecture_is_taken_for_the_newest_older_one(capability, expected, monkeypatch):
