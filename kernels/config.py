@@ -138,8 +138,13 @@ def _tuned() -> dict[str, Config]:
         files.append(Path(named))
     found: dict[str, Config] = {}
     for file in files:
-        found |= {key: Config(**value) for key, value in json.loads(file.read_text())["configs"].items()}
+        found |= load(file)
     return found
+
+
+def load(path: Path) -> dict[str, Config]:
+    """The configurations of a file that `save` has written."""
+    return {key: Config(**value) for key, value in json.loads(path.read_text())["configs"].items()}
 
 
 def save(path: Path, configs: dict[str, Config], measured_on: dict[str, str]) -> None:

@@ -466,5 +466,8 @@ def test_the_sanitizer_finds_nothing(tool):
     env = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*checker, sys.executable, "-c", EVERY_OPERATOR, DEVICE, NAMESPACE]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    said = done.stdout + done.stderr
+    if "Device not supported" in said:
+        pytest.skip("compute-sanitizer does not support this device or its virtual machine")
+    assert done.returncode == 0, said[-4000:]
     assert done.stdout.count("_backward torch.bfloat16") == len(OPS)
