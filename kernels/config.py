@@ -153,10 +153,9 @@ def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
 
 @heuristic
 def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
-    # M gradients in float32 beside M experts' tiles and M cotangents'.
+    # One vector of 16 bytes a thread. For four experts at a time: cotangents, and gradients in float32.
     width = even_width(D, 128)
-    elements = (1024 if M <= 4 else 512) // (itemsize // 2)
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+    return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
 
 
 @heuristic
