@@ -24,7 +24,7 @@ from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, rows_of, stride, sum_of_others, totals_of
 from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
 
-_GROUP = tl.constexpr(4)
+_GROUP = tl.constexpr(8)
 
 
 @triton.jit
