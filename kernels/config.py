@@ -154,3 +154,51 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     width = even_width(D, 128)
     elements = (1024 if M <= 4 else 512) // (itemsize // 2)
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+
+
+@heuristic
+def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:
+    # Accumulators of M experts x 64 tokens x C classes in 128 registers of 4 or 8 warps; more has no place. `group` is
+    # the classes' tile, 0 where the library is to make the products.
+    classes = max(C, 16)
+    if M * classes > 512 or classes > 256:
+        return Config(rows=64, width=0, num_warps=4, group=0)
+    threads = 128 if M * classes <= 256 else 256
+    stages = 3 if arch.warp == 32 else 2
+
+    def shared(width: int) -> int:
+        return stages * (64 * M + classes) * width * itemsize
+
+    # The widest step of channels with which two programs share a multiprocessor.
+    width = next((w for w in (64, 32) if 2 * shared(w) <= arch.shared_of_program), 16)
+    return Config(64, min(width, max(16, power(D))), threads // arch.warp, stages, classes)
+
+
+def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
+    # `elements` a thread of each of the M tiles; classes in tiles of at most 128.
+    width = max(1, min(C, 128))
+    threads = 128
+    return Config(max(1, elements * threads // width), width, threads // arch.warp, 1)
+
+
+@heuristic
+def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int) -> Config:
+    return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+
+
+@heuristic
+def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int) -> Config:
+    # M projections and M + 1 gradients of logits at once.
+    return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
+
+
+@heuristic
+def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    width = min(128, max(16, power(D)))
+    return Config(64, width, 256 // arch.warp, 2, min(64, max(16, C)))
+
+
+@heuristic
+def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    width = min(128, max(16, power(D)))
+    return Config(64, width, 256 // arch.warp, 3 if arch.warp == 32 else 2, min(128, max(16, C)))

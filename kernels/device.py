@@ -53,3 +53,28 @@ def totals_of(tiles, factors, GROUP: tl.constexpr):
                     total += factors[j][:, None] * tiles[j].to(tl.float32)
             totals = totals + (total,)
     return totals
+
+
+@triton.jit
+def counted_tokens(
+    target_ptr,
+    target_strides,
+    valid_ptr,
+    valid_strides,
+    ignore_index,
+    sample,
+    token,
+    exists,
+    LABELS: tl.constexpr,
+):
+    """Which of the tokens count, and their labels (zeros unless LABELS: the target is then no class).
+
+    A token counts if it exists, is `valid` (None: all are) and is not labelled `ignore_index`."""
+    counted = exists
+    label = tl.zeros(token.shape, tl.int64)
+    if valid_ptr is not None:
+        counted = counted & (tl.load(valid_ptr + rows(valid_strides, sample, token, 1), mask=exists, other=0) != 0)
+    if LABELS:
+        label = tl.load(target_ptr + rows(target_strides, sample, token, 1), mask=exists, other=0).to(tl.int64)
+        counted = counted & (label != ignore_index)
+    return counted, label

@@ -112,3 +112,8 @@ def alignment(*tensors: Tensor) -> int:
 def power(size: int) -> int:
     """The next power of two from `size` on."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How tl.dot multiplies: float32 as IEEE says, unless torch's own setting allows TF32. Other types ignore it."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"

@@ -8,16 +8,25 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
+    "counterfactual": (
+        "counterfactual_losses",
+        "counterfactual_losses_backward",
+        "counterfactual_losses_from_projections",
+        "counterfactual_losses_from_projections_backward",
+    ),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "counterfactual_losses": counterfactual_losses,
+    "counterfactual_losses_from_projections": counterfactual_losses_from_projections,
     "leave_one_out": leave_one_out,
 }
 
