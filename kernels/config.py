@@ -158,27 +158,25 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
 
 @heuristic
 def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:
-    # Accumulators of M experts x 64 tokens x C classes in 128 registers of 4 or 8 warps; more has no place. `group` is
-    # the classes' tile, 0 where the library is to make the products.
-    classes = max(C, 16)
-    if M * classes > 512 or classes > 256:
-        return Config(rows=64, width=0, num_warps=4, group=0)
-    threads = 128 if M * classes <= 256 else 256
+    # `group` is the tile of all classes, 0 where the library is to make the products. Four warps: small programs, so that
+    # while one makes its losses, others read. A thread has M accumulators beside as much of some three tiles more (logits,
+    # target and what is made of them) and M + 1 numbers of each token.
+    classes = power(max(C, 16))
+    if M * classes > 512 or (M + 3) * classes > 1024:
+        return Config(rows=16, width=0, num_warps=4, group=0)
+    rows = 32 if M <= 4 and (M + 3) * classes <= 448 else 16
     stages = 3 if arch.warp == 32 else 2
-
-    def shared(width: int) -> int:
-        return stages * (64 * M + classes) * width * itemsize
-
-    # The widest step of channels with which two programs share a multiprocessor.
-    width = next((w for w in (64, 32) if 2 * shared(w) <= arch.shared_of_program), 16)
-    return Config(64, min(width, max(16, power(D))), threads // arch.warp, stages, classes)
+    # Rows of whole lines of 128 bytes, if there is room; operands of float32 products are in registers too.
+    widths = (64, 32) if itemsize == 2 else (16,)
+    shared = stages * (rows * M + classes) * itemsize
+    width = next((w for w in widths if w * shared <= arch.shared_of_program), 16)
+    return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, classes)
 
 
 def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
-    # `elements` a thread of each of the M tiles; classes in tiles of at most 128.
-    width = max(1, min(C, 128))
-    threads = 128
-    return Config(max(1, elements * threads // width), width, threads // arch.warp, 1)
+    # `elements` a thread of each of the M tiles; up to 128 classes in one tile, more in such that pad them least.
+    width = max(16, power(C)) if C <= 128 else 64 if -(-C // 64) % 2 else 128
+    return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1)
 
 
 @heuristic
@@ -194,11 +192,18 @@ def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int) 
 
 @heuristic
 def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
-    width = min(128, max(16, power(D)))
-    return Config(64, width, 256 // arch.warp, 2, min(64, max(16, C)))
+    if itemsize == 4:
+        return Config(64, min(64, max(16, power(D))), 256 // arch.warp, 2, 16)
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, min(64, power(max(16, C))))
 
 
 @heuristic
 def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
-    width = min(128, max(16, power(D)))
-    return Config(64, width, 256 // arch.warp, 3 if arch.warp == 32 else 2, min(128, max(16, C)))
+    # `rows`, the tokens of a step, are how deep a product is: for float32 in registers. Of many classes larger tiles, for
+    # the features are read once for each.
+    stages = 3 if arch.warp == 32 else 2
+    if itemsize == 4:
+        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, min(64, power(max(16, C))))
+    wide = C > 64
+    width = min(128 if wide else 64, max(16, power(D)))
+    return Config(64, width, (256 if wide else 128) // arch.warp, stages, min(128, power(max(16, C))))

@@ -35,7 +35,7 @@ from torch import Tensor
 from tiger_fast.kernels import config
 from tiger_fast.kernels.counterfactual_head import Head
 from tiger_fast.kernels.device import counted_tokens, rows, rows_of, stride, sum_of_others, totals_of
-from tiger_fast.kernels.launch import alignment, dense, input_precision, kernel, launch, power, strides
+from tiger_fast.kernels.launch import alignment, dense, input_precision, kernel, launch, strides
 from tiger_fast.kernels.token_losses import COSINE, CROSS_ENTROPY, begin, finish, gradient, update
 
 # Bytes of projections, or of their gradients, that the library's products take at a time.
@@ -89,12 +89,27 @@ def _targets(pointer, strides, sample, token, column, inside, LOSS: tl.constexpr
 
 
 @triton.jit
-def _projections(pointer, strides, sample, token, column, inside, M: tl.constexpr, ALIGN: tl.constexpr):
+def _projections(
+    pointer,
+    strides,
+    sample,
+    token,
+    column,
+    counted,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    ROW: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
     offsets = (sample * stride(strides[0], ALIGN) + token * stride(strides[2], ALIGN))[:, None] + column[None, :]
     tiles = ()
     for m in tl.static_range(M):
-        tile = tl.load(pointer + m * stride(strides[1], ALIGN) + offsets, mask=inside, other=0.0)
-        tiles = tiles + (tile.to(tl.float32),)
+        pointers = pointer + m * stride(strides[1], ALIGN) + offsets
+        # Rows that are longer than the classes are read in whole vectors; anything may stand behind the classes.
+        tile = tl.load(pointers, mask=counted[:, None] & (column < ROW)[None, :], other=0.0).to(tl.float32)
+        if ROW != C:
+            tile = tl.where((column < C)[None, :], tile, 0.0)
+        tiles = tiles + (tile,)
     return tiles
 
 
@@ -182,7 +197,9 @@ def _from_experts(
     for chunk in range(tl.cdiv(D, BLOCK_D)):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = (column < D)[None, :]
-        head = tl.load(head_ptr + classes[:, None] * D + column[None, :], mask=(classes < C)[:, None] & inside, other=0.0)
+        head = tl.load(
+            head_ptr + classes[:, None] * D + column[None, :], mask=(classes < C)[:, None] & inside, other=0.0
+        )
         head = tl.trans(head)
         summed = ()
         for m in tl.static_range(M):
@@ -225,6 +242,7 @@ def _from_projections(
     ignore_index: tl.int64,
     M: tl.constexpr,
     C: tl.constexpr,
+    ROW: tl.constexpr,
     LOSS: tl.constexpr,
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
@@ -240,7 +258,7 @@ def _from_projections(
     for chunk in range(tl.cdiv(C, BLOCK_C)):
         column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = counted[:, None] & (column < C)[None, :]
-        tiles = _projections(projections_ptr, projections_strides, sample, token, column, inside, M, ALIGN)
+        tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
         target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
         bias = _bias(bias_ptr, column, C)
         states = _update_all(states, tiles, weights, bias, target, label, column, inside, LOSS)
@@ -291,6 +309,8 @@ def _gradients(
     ignore_index: tl.int64,
     M: tl.constexpr,
     C: tl.constexpr,
+    ROW: tl.constexpr,
+    GRAD_ROW: tl.constexpr,
     LOSS: tl.constexpr,
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
@@ -311,7 +331,7 @@ def _gradients(
         for chunk in range(tl.cdiv(C, BLOCK_C)):
             column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
             inside = counted[:, None] & (column < C)[None, :]
-            tiles = _projections(projections_ptr, projections_strides, sample, token, column, inside, M, ALIGN)
+            tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
             target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
             bias = _bias(bias_ptr, column, C)
             states = _update_all(states, tiles, weights, bias, target, label, column, inside, LOSS)
@@ -322,7 +342,7 @@ def _gradients(
     for chunk in range(tl.cdiv(C, BLOCK_C)):
         column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = counted[:, None] & (column < C)[None, :]
-        tiles = _projections(projections_ptr, projections_strides, sample, token, column, inside, M, ALIGN)
+        tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
         target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
         bias = _bias(bias_ptr, column, C)
         totals = totals_of(tiles, weights, _GROUP)
@@ -356,7 +376,10 @@ def _gradients(
                 # 0 for a token that does not count, whose weight is held at 0.
                 result = (weights[m][:, None] * passed).to(grad_projections_ptr.dtype.element_ty)
                 member = m * stride(grad_projections_strides[2], GRAD_ALIGN)
-                tl.store(grad_projections_ptr + member + offsets, result, mask=existing)
+                # The rest of a longer row gets zeros.
+                tl.store(
+                    grad_projections_ptr + member + offsets, result, mask=exists[:, None] & (column < GRAD_ROW)[None, :]
+                )
         dots = summed
         if grad_target_ptr is not None:
             to = grad_target_ptr + rows(grad_target_strides, sample, token, 1)[:, None] + column[None, :]
@@ -410,12 +433,12 @@ def _padded(classes: int, dtype: torch.dtype) -> int:
 
 
 def _project(experts: Sequence[Tensor], head: Tensor, samples: slice, tokens: slice) -> Tensor:
-    """Projections (B, M, N, C) of some tokens by the library, in the activation type."""
+    """Projections (B, M, N, C) of some tokens by the library, in the activation type, in rows of `_padded` classes."""
     parts = [e[samples, tokens] for e in experts]
     batch, count, width = parts[0].shape
     classes = head.shape[0]
-    found = head.new_empty((len(parts), batch, count, _padded(classes, head.dtype)))[..., :classes]
-    for part, out in zip(parts, found, strict=True):
+    found = head.new_empty((len(parts), batch, count, _padded(classes, head.dtype)))
+    for part, out in zip(parts, found[..., :classes], strict=True):
         if batch == 1 or part.stride(0) == count * part.stride(1):
             rows = part.as_strided((batch * count, width), (part.stride(1), part.stride(2)))
             torch.mm(rows, head.T, out=out.as_strided((batch * count, classes), out.stride()[1:]))
@@ -433,10 +456,11 @@ def _losses(
     span: slice,
     full: Tensor,
     without: Tensor,
+    classes: int,
 ) -> None:
-    # The losses of some tokens from their projections.
-    batch, members, tokens, classes = projections.shape
-    c = config.choose("counterfactual_from_projections", weights.device, projections.dtype, M=members, C=power(classes))
+    # The losses of some tokens from their projections, whose rows may be longer than the classes.
+    batch, members, tokens, row = projections.shape
+    c = config.choose("counterfactual_from_projections", weights.device, projections.dtype, M=members, C=classes)
     launch(
         _from_projections,
         batch * triton.cdiv(tokens, c.rows),
@@ -454,6 +478,7 @@ def _losses(
         labels.ignore_index,
         M=members,
         C=classes,
+        ROW=row,
         LOSS=labels.loss,
         ALIGN=alignment(projections),
         TARGET_ALIGN=labels.alignment,
@@ -490,13 +515,13 @@ def counterfactual_losses(
     labels = _Labels(target, loss, valid, ignore_index)
     full, without = _outputs(weights)
     kept = full.new_empty((batch, tokens, members, classes) if keep else (0,))
-    c = config.choose("counterfactual", weights.device, head.dtype, D=width, M=members, C=power(classes))
+    c = config.choose("counterfactual", weights.device, head.dtype, D=width, M=members, C=classes)
     if not c.group:
         for part in _parts(batch, tokens, members * _padded(classes, head.dtype) * head.element_size()):
             projections = _project(experts, head, *part)
-            _losses(projections, weights, bias, labels, *part, full, without)
+            _losses(projections, weights, bias, labels, *part, full, without, classes)
             if keep:
-                kept[part].copy_(projections.transpose(1, 2))
+                kept[part].copy_(projections[..., :classes].transpose(1, 2))
         return full, without, kept
     launch(
         _from_experts,
@@ -543,7 +568,8 @@ def counterfactual_losses_from_projections(
     full, without = _outputs(weights)
     bias = None if head_bias is None else head_bias.contiguous()
     labels = _Labels(target, loss, valid, ignore_index)
-    _losses(dense(projections), weights, bias, labels, slice(None), slice(None), full, without)
+    projections = dense(projections)
+    _losses(projections, weights, bias, labels, slice(None), slice(None), full, without, projections.shape[-1])
     return full, without
 
 
@@ -560,10 +586,12 @@ def _differentiate(
     grad_weights: Tensor | None,
     for_bias: bool,
     grad_target: Tensor | None,
+    classes: int,
 ) -> Tensor | None:
     # The gradients of some tokens' projections (B, N, M, C), weights and targets; returns the bias's, if it is wanted.
-    batch, members, tokens, classes = projections.shape
-    c = config.choose("counterfactual_gradients", weights.device, projections.dtype, M=members, C=power(classes))
+    # Rows of projections and their gradients may be longer than the classes.
+    batch, members, tokens, row = projections.shape
+    c = config.choose("counterfactual_gradients", weights.device, projections.dtype, M=members, C=classes)
     programs = batch * triton.cdiv(tokens, c.rows)
     bias_sums = weights.new_empty((programs, classes), dtype=torch.float32) if for_bias else None
     launch(
@@ -586,6 +614,8 @@ def _differentiate(
         labels.ignore_index,
         M=members,
         C=classes,
+        ROW=row,
+        GRAD_ROW=row if grad_projections is None else grad_projections.shape[-1],
         LOSS=labels.loss,
         ALIGN=alignment(projections),
         TARGET_ALIGN=labels.alignment,
@@ -635,7 +665,7 @@ def counterfactual_losses_backward(
         grad_projections = None
         if through:
             count, _, span, _ = projections.shape
-            grad_projections = head.new_empty((members, count, span, padded))[..., :classes].permute(1, 2, 0, 3)
+            grad_projections = head.new_empty((members, count, span, padded)).permute(1, 2, 0, 3)
         found = _differentiate(
             grad_full,
             grad_without,
@@ -648,6 +678,7 @@ def counterfactual_losses_backward(
             grad_weights,
             bool(for_bias),
             grad_target,
+            classes,
         )
         if grad_bias is not None:
             grad_bias += found
@@ -689,6 +720,7 @@ def counterfactual_losses_from_projections_backward(
         grad_weights,
         bool(for_bias),
         grad_target,
+        projections.shape[-1],
     )
     grad_bias = None if grad_bias is None else grad_bias.to(head_bias.dtype)
     return [g for g in (grad_projections, grad_weights, grad_bias, grad_target) if g is not None]

@@ -2,10 +2,11 @@
 
     dF_k = dP_k W                dW = sum over k and tokens of dP_k^T F_k
 
-Layout: dP (B, N, M, C) with any strides but the last, W (C, D) and the gradients dF dense, F as it comes. Tokens that do
-not count have no part in either, whatever stands in their features. dW is a sum over tokens: SPLITS programs each sum up
-a share of them, in a fixed order, and torch.sum adds the shares. Bytes, in units of B N D elements, with c = C / D: dF
-reads M c and writes M; dW reads M + M c (from L2 what its programs, one for each tile of channels, read alike).
+Layout: dP (B, N, M, C) with any strides but the last, in rows of ROW classes with zeros behind the last; W (C, D) and the
+gradients dF dense, F as it comes. Tokens that do not count have no part in either, whatever stands in their features. dW is
+a sum over tokens: programs each sum up a share of them, in a fixed order, and torch.sum adds the shares. Bytes, in units of
+B N D elements, with c = C / D: dF reads M c and writes M; dW reads M + M c (what its programs of the same tokens read
+alike comes from L2).
 """
 
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import counted_tokens, rows, rows_of, stride
-from tiger_fast.kernels.launch import alignment, input_precision, kernel, launch, power, strides
+from tiger_fast.kernels.launch import alignment, input_precision, kernel, launch, strides
 
 # Programs over which dW's sum is spread: about two for each multiprocessor of a large device, whatever the device is, so
 # that results do not depend on it.
@@ -48,6 +49,7 @@ def _features(
     ignore_index: tl.int64,
     D: tl.constexpr,
     C: tl.constexpr,
+    ROW: tl.constexpr,
     NEEDS: tl.constexpr,
     LABELS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,7 +62,7 @@ def _features(
     M: tl.constexpr = len(out_ptrs)
     program = tl.program_id(0).to(tl.int64)
     # Programs of the same tokens follow each other, so that dP comes from memory once.
-    column = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
+    column = (program % tl.cdiv(D, BLOCK_D)).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
     sample, token, exists = rows_of(program // tl.cdiv(D, BLOCK_D), tokens, BLOCK_N)
     counted, _ = counted_tokens(
         target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LABELS
@@ -74,13 +76,13 @@ def _features(
         if (NEEDS >> m) & 1:
             start = row + m * stride(grad_strides[2], ALIGN)
             if C <= BLOCK_C:
-                grad = _tile(grad_ptr, start, classes, counted, C, BLOCK_C)
+                grad = _tile(grad_ptr, start, classes, counted, ROW, BLOCK_C)
                 result = tl.dot(grad, shared, input_precision=PRECISION)
             else:
                 result = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
                 for chunk in range(tl.cdiv(C, BLOCK_C)):
                     c = chunk * BLOCK_C + classes
-                    grad = _tile(grad_ptr, start, c, counted, C, BLOCK_C)
+                    grad = _tile(grad_ptr, start, c, counted, ROW, BLOCK_C)
                     head = _tile(head_ptr, c.to(tl.int64) * D, column, c < C, D, BLOCK_D)
                     result = tl.dot(grad, head, result, input_precision=PRECISION)
             # 0 for a token that does not count even where the head is infinite.
@@ -107,6 +109,7 @@ def _head(
     more: tl.int64,
     D: tl.constexpr,
     C: tl.constexpr,
+    ROW: tl.constexpr,
     LABELS: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGN: tl.constexpr,
@@ -120,22 +123,38 @@ def _head(
     # Programs of the same tokens follow each other, so that dP comes from memory once.
     tile = program % (tl.cdiv(D, BLOCK_D) * tl.cdiv(C, BLOCK_C))
     split = program // (tl.cdiv(D, BLOCK_D) * tl.cdiv(C, BLOCK_C))
-    column = (tile % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
-    classes = (tile // tl.cdiv(D, BLOCK_D)) * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = (tile % tl.cdiv(D, BLOCK_D)).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
+    classes = (tile // tl.cdiv(D, BLOCK_D)).to(tl.int32) * BLOCK_C + tl.arange(0, BLOCK_C)
     blocks = samples * tl.cdiv(tokens, BLOCK_N)
     share = tl.cdiv(blocks, splits)
     # As (D, C), for the channels fill a matrix instruction's rows however few the classes are.
     total = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
+    first, last = split * share, tl.minimum(split * share + share, blocks)
     for m in tl.static_range(M):
-        for block in range(split * share, tl.minimum(split * share + share, blocks)):
-            sample, token, exists = rows_of(block, tokens, BLOCK_N)
+        sample, token, exists = rows_of(first, tokens, BLOCK_N)
+        counted, _ = counted_tokens(
+            target_ptr,
+            target_strides,
+            valid_ptr,
+            valid_strides,
+            ignore_index,
+            sample,
+            token,
+            exists & (first < last),
+            LABELS,
+        )
+        for block in range(first, last):
+            sample, token, _ = rows_of(block, tokens, BLOCK_N)
+            row = rows(grad_strides, sample, token, GRAD_ALIGN) + m * stride(grad_strides[2], GRAD_ALIGN)
+            grad = _tile(grad_ptr, row, classes, counted, ROW, BLOCK_C)
+            features = _tile(expert_ptrs[m], rows(expert_strides[m], sample, token, ALIGN), column, counted, D, BLOCK_D)
+            total = tl.dot(tl.trans(features), grad, total, input_precision=PRECISION)
+            # Which tokens of the next block count: known before its tiles are asked for, which do not wait for it then.
+            sample, token, exists = rows_of(block + 1, tokens, BLOCK_N)
+            exists = exists & (block + 1 < last)
             counted, _ = counted_tokens(
                 target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LABELS
             )
-            row = rows(grad_strides, sample, token, GRAD_ALIGN) + m * stride(grad_strides[2], GRAD_ALIGN)
-            grad = _tile(grad_ptr, row, classes, counted, C, BLOCK_C)
-            features = _tile(expert_ptrs[m], rows(expert_strides[m], sample, token, ALIGN), column, counted, D, BLOCK_D)
-            total = tl.dot(tl.trans(features), grad, total, input_precision=PRECISION)
     offsets = (split * C + classes[None, :]) * D + column[:, None]
     inside = (column < D)[:, None] & (classes < C)[None, :]
     if more:
@@ -150,7 +169,7 @@ class Head:
         self, experts: Sequence[Tensor], head: Tensor, grad_experts: Sequence[Tensor | None], for_head: bool
     ) -> None:
         self.experts, self.head, self.grad_experts = tuple(experts), head, tuple(grad_experts)
-        self.facts = {"D": head.shape[1], "C": power(head.shape[0])}
+        self.facts = {"D": head.shape[1], "C": head.shape[0]}
         self.sums: Tensor | None = None
         if for_head:
             c = config.choose("counterfactual_head", head.device, head.dtype, **self.facts)
@@ -163,10 +182,11 @@ class Head:
     def add(
         self, grad: Tensor, with_labels: bool, labels: tuple, ignore_index: int, samples: slice, tokens: slice
     ) -> None:
-        """Of some tokens, given their dP (B, N, M, C)."""
+        """Of some tokens, given their dP (B, N, M, ROW)."""
         constants = {
             "D": self.head.shape[1],
             "C": self.head.shape[0],
+            "ROW": grad.shape[-1],
             "LABELS": with_labels,
             "PRECISION": input_precision(self.head.dtype),
         }

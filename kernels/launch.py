@@ -25,6 +25,17 @@ def _mend_interpreter() -> None:
 
     interpreter._patch_lang_tensor = patched
 
+    # bfloat16 is held as uint16 there, and numpy multiplies the integers. Its bits are the upper ones of a float32.
+    dot = interpreter.InterpreterBuilder.create_dot
+
+    def widened(operand: object) -> object:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        data = (operand.data.astype("uint32") << 16).view("float32")
+        return interpreter.TensorHandle(data, tl.float32)
+
+    interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+
 
 if INTERPRETED:
     _mend_interpreter()
