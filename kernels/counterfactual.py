@@ -460,7 +460,10 @@ def _losses(
 ) -> None:
     # The losses of some tokens from their projections, whose rows may be longer than the classes.
     batch, members, tokens, row = projections.shape
-    c = config.choose("counterfactual_from_projections", weights.device, projections.dtype, M=members, C=classes)
+    align = alignment(projections)
+    c = config.choose(
+        "counterfactual_from_projections", weights.device, projections.dtype, M=members, C=classes, ALIGN=align
+    )
     launch(
         _from_projections,
         batch * triton.cdiv(tokens, c.rows),
@@ -480,7 +483,7 @@ def _losses(
         C=classes,
         ROW=row,
         LOSS=labels.loss,
-        ALIGN=alignment(projections),
+        ALIGN=align,
         TARGET_ALIGN=labels.alignment,
         BLOCK_N=c.rows,
         BLOCK_C=c.width,
@@ -591,7 +594,8 @@ def _differentiate(
     # The gradients of some tokens' projections (B, N, M, C), weights and targets; returns the bias's, if it is wanted.
     # Rows of projections and their gradients may be longer than the classes.
     batch, members, tokens, row = projections.shape
-    c = config.choose("counterfactual_gradients", weights.device, projections.dtype, M=members, C=classes)
+    align = alignment(projections)
+    c = config.choose("counterfactual_gradients", weights.device, projections.dtype, M=members, C=classes, ALIGN=align)
     programs = batch * triton.cdiv(tokens, c.rows)
     bias_sums = weights.new_empty((programs, classes), dtype=torch.float32) if for_bias else None
     launch(
@@ -617,7 +621,7 @@ def _differentiate(
         ROW=row,
         GRAD_ROW=row if grad_projections is None else grad_projections.shape[-1],
         LOSS=labels.loss,
-        ALIGN=alignment(projections),
+        ALIGN=align,
         TARGET_ALIGN=labels.alignment,
         GRAD_ALIGN=1 if grad_projections is None else alignment(grad_projections),
         BLOCK_N=c.rows,
