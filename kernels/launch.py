@@ -14,9 +14,10 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _mend_interpreter() -> None:
-    # A scalar is an array of one element in the interpreter of Triton 3.6, and numpy 2.4 takes none as a loop's bound.
+    import numpy as np
     from triton.runtime import interpreter
 
+    # A scalar is an array of one element in the interpreter of Triton 3.6, and numpy 2.4 takes none as a loop's bound.
     patch = interpreter._patch_lang_tensor
 
     def patched(tensor: type, scope: object) -> None:
@@ -34,6 +35,18 @@ def _mend_interpreter() -> None:
         data = (operand.data.astype("uint32") << 16).view("float32")
         return interpreter.TensorHandle(data, tl.float32)
 
+    # It cuts float32 to bfloat16 off, where devices round to nearest even.
+    trunc = interpreter.InterpreterBuilder.create_fp_trunc
+
+    def rounded(self: object, source: object, to: object) -> object:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return trunc(self, source, to)
+        bits = source.data.view("uint32")
+        up = ((bits >> 16 & 1) + 0x7FFF) * ~np.isnan(source.data)
+        quiet = np.isnan(source.data) * np.uint32(0x400000)
+        return interpreter.TensorHandle(((bits + up.astype("uint32") | quiet) >> 16).astype("uint16"), tl.bfloat16)
+
+    interpreter.InterpreterBuilder.create_fp_trunc = rounded
     interpreter.InterpreterBuilder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
 
 
