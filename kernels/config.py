@@ -179,7 +179,7 @@ def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
     return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1)
 
 
-# Where classes come in several tiles, a thread keeps addresses (one for each element that is loaded alone, so half the
+# Where classes come in several tiles, a thread keeps addresses (one for each element that is loaded alone, so fewer
 # elements where rows are not aligned) and up to four numbers of each token and expert between them.
 
 
@@ -196,8 +196,8 @@ def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, 
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
         return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
-    elements = 4 if M <= 4 else 2 if M <= 8 else 1
-    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
+    elements = 8 if M <= 4 else 2 if M <= 8 else 1
+    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 
 
 @heuristic
