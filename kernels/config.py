@@ -221,3 +221,69 @@ def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: in
     if itemsize == 2:
         return _attention_by_products(arch.warp, G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
     return _attention_by_products(arch.warp, G, head, 8, 32)
+
+    elements = (1024 if M <= 4 else 512) // (itemsize // 2)
+    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+
+
+@heuristic
+def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:
+    # `group` is the tile of all classes, 0 where the library is to make the products. Four warps: small programs, so that
+    # while one makes its losses, others read. A thread has M accumulators beside as much of some three tiles more (logits,
+    # target and what is made of them) and M + 1 numbers of each token.
+    classes = power(max(C, 16))
+    if M * classes > 512 or (M + 3) * classes > 1024:
+        return Config(rows=16, width=0, num_warps=4, group=0)
+    rows = 32 if M <= 4 and (M + 3) * classes <= 448 else 16
+    stages = 3 if arch.warp == 32 else 2
+    # Rows of whole lines of 128 bytes, if there is room; operands of float32 products are in registers too.
+    widths = (64, 32) if itemsize == 2 else (16,)
+    shared = stages * (rows * M + classes) * itemsize
+    width = next((w for w in widths if w * shared <= arch.shared_of_program), 16)
+    return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, classes)
+
+
+def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
+    # `elements` a thread of each of the M tiles; up to 128 classes in one tile, more in such that pad them least.
+    width = max(16, power(C)) if C <= 128 else 64 if -(-C // 64) % 2 else 128
+    return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1)
+
+
+# Where classes come in several tiles, a thread keeps addresses (one for each element that is loaded alone, so fewer
+# elements where rows are not aligned) and up to four numbers of each token and expert between them.
+
+
+@heuristic
+def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
+    if C <= 128:
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+    elements = 8 if M <= 4 else 4 if M <= 8 else 1
+    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
+
+
+@heuristic
+def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
+    # M projections and M + 1 gradients of logits at once.
+    if C <= 128:
+        return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
+    elements = 8 if M <= 4 else 2 if M <= 8 else 1
+    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
+
+
+@heuristic
+def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    if itemsize == 4:
+        return Config(64, min(64, max(16, power(D))), 256 // arch.warp, 2, 16)
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, min(64, power(max(16, C))))
+
+
+@heuristic
+def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    # `rows`, the tokens of a step, are how deep a product is: for float32 in registers. Of many classes larger tiles, for
+    # the features are read once for each.
+    stages = 3 if arch.warp == 32 else 2
+    if itemsize == 4:
+        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, min(64, power(max(16, C))))
+    wide = C > 64
+    width = min(128 if wide else 64, max(16, power(D)))
+    return Config(64, width, (256 if wide else 128) // arch.warp, stages, min(128, power(max(16, C))))

@@ -92,3 +92,27 @@ def dot_like(a, b, total, PRECISION: tl.constexpr):
     if a.dtype == b.dtype and a.dtype != tl.float32:
         return tl.dot(a, b, total)
     return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
+
+
+def counted_tokens(
+    target_ptr,
+    target_strides,
+    valid_ptr,
+    valid_strides,
+    ignore_index,
+    sample,
+    token,
+    exists,
+    LABELS: tl.constexpr,
+):
+    """Which of the tokens count, and their labels (zeros unless LABELS: the target is then no class).
+
+    A token counts if it exists, is `valid` (None: all are) and is not labelled `ignore_index`."""
+    counted = exists
+    label = tl.zeros(token.shape, tl.int64)
+    if valid_ptr is not None:
+        counted = counted & (tl.load(valid_ptr + rows(valid_strides, sample, token, 1), mask=exists, other=0) != 0)
+    if LABELS:
+        label = tl.load(target_ptr + rows(target_strides, sample, token, 1), mask=exists, other=0).to(tl.int64)
+        counted = counted & (label != ignore_index)
+    return counted, label

@@ -14,29 +14,35 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _mend_interpreter() -> None:
-    # Two faults of the interpreter in Triton 3.6. A scalar is an array of one element there, which numpy 2.4 no longer
-    # takes as a loop's bound; and a product of bfloat16 tiles, which it keeps as uint16, multiplies their bits.
+    """Three faults of the interpreter in Triton 3.6."""
     import numpy as np
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch, dot, truncate = interpreter._patch_lang_tensor, builder.create_dot, builder.create_fp_trunc
 
+    # A scalar is an array of one element, which numpy 2.4 no longer takes as a loop's bound.
     def patched(tensor: type, scope: object) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patched
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def as_float(tile: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    # bfloat16 is held as uint16, the upper bits of a float32, and products multiply the integers.
+    def widened(tile: object) -> object:
         if tile.dtype.scalar != tl.bfloat16 or tile.data.dtype != np.uint16:
             return tile
-        return interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return handle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def create_dot(self: object, a: object, b: object, *rest: object) -> object:
-        return multiply(self, as_float(a), as_float(b), *rest)
+    # float32 is cut off to bfloat16, where devices round to the nearest even.
+    def rounded(self: object, source: object, to: object) -> object:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return truncate(self, source, to)
+        bits, nan = source.data.view(np.uint32), np.isnan(source.data)
+        nearest = bits + np.where(nan, 0, 0x7FFF + (bits >> 16 & 1)).astype(np.uint32)
+        return handle(((nearest | np.where(nan, np.uint32(0x400000), 0)) >> 16).astype(np.uint16), tl.bfloat16)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patched
+    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    builder.create_fp_trunc = rounded
 
 
 if INTERPRETED:

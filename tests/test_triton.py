@@ -66,8 +66,7 @@ def test_values_and_gradients_agree(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_low_precision_agrees(name, dtype):
-    # The interpreter rounds bfloat16 towards zero, which a GPU does not: twice the error.
-    check(name, small(name, dtype, torch.float32), factor=4, shake=0, backend="triton")
+    check(name, small(name, dtype, torch.float32), shake=0, backend="triton")
 
 
 SIZES = [
