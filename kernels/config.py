@@ -222,9 +222,6 @@ def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: in
         return _attention_by_products(arch.warp, G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
     return _attention_by_products(arch.warp, G, head, 8, 32)
 
-    elements = (1024 if M <= 4 else 512) // (itemsize // 2)
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
-
 
 @heuristic
 def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:

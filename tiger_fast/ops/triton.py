@@ -8,8 +8,8 @@ from importlib import import_module
 
 import torch
 
-from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
+from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
 from tiger_fast.ops.route import route
@@ -23,6 +23,7 @@ _MODULES = {
         "group_attention_backward",
         "group_attention_packed",
         "group_attention_packed_backward",
+    ),
     "counterfactual": (
         "counterfactual_losses",
         "counterfactual_losses_backward",
