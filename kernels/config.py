@@ -158,18 +158,25 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
 
 
+def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, wide: bool) -> Config:
+    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
+    # limits, where those of four warps spill a few registers.
+    widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
+    return Config(16, even_width(D, widest), warps, 2 if columns == 64 else 1, group=group, columns=columns)
+
+
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # 8 (16 in float32) elements a thread of each tile; sums of up to 64 columns for each of a group's experts, 8 of a
-    # thread's registers an expert.
-    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=2, group=min(M, 4))
+    if M > 8 and T > 16:
+        return _route(arch, itemsize, D, 2, 32, wide=True)
+    return _route(arch, itemsize, D, min(M, 4), 64, wide=False)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # As in the forward. Groups of two at the limits, where four spill a few registers.
-    group = min(M, 2 if T > 16 or (itemsize == 4 and M > 8) else 4)
-    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=1, group=group, columns=32)
+    if T > 16:
+        return _route(arch, itemsize, D, min(M, 2), 32, wide=True)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, wide=False)
 
 
 @heuristic
