@@ -154,3 +154,10 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     width = even_width(D, 128)
     elements = (1024 if M <= 4 else 512) // (itemsize // 2)
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+
+
+@heuristic
+def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
+    # Four elements a thread: a row of four experts in float32 is one load, one of sixteen four lanes'.
+    width = power(M)
+    return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)

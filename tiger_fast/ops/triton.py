@@ -8,16 +8,20 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.alignment import alignment_loss, causal_target
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
+    "alignment": ("alignment_loss", "alignment_loss_backward", "causal_target", "causal_target_backward"),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "alignment_loss": alignment_loss,
+    "causal_target": causal_target,
     "leave_one_out": leave_one_out,
 }
 
