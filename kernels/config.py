@@ -7,7 +7,7 @@ memory (`profiling/static_report.py`), so that nothing spills at the limits and 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -44,13 +44,15 @@ ARCHITECTURES = {
 class Config:
     """How a kernel is launched.
 
-    rows: tokens of a program's tile; width: channels (or classes) of a step; group: what a kernel says it is."""
+    rows: tokens of a program's tile; width: channels (or classes) of a step; group: what a kernel says it is; resident:
+    programs of a multiprocessor, where each goes on to further tiles."""
 
     rows: int
     width: int
     num_warps: int
     num_stages: int = 2
     group: int = 1
+    resident: int = 1
 
 
 _assumed: str | None = None
@@ -77,6 +79,16 @@ def architecture(device: torch.device) -> Architecture:
     if _assumed is not None:
         return ARCHITECTURES[_assumed]
     return _architecture_of(device.index) if device.type == "cuda" else ARCHITECTURES["sm_90"]
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors_of(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has: the sums over tokens are split among them."""
+    return _multiprocessors_of(device.index) if device.type == "cuda" else 132
 
 
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
@@ -161,3 +173,58 @@ def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
     # Four elements a thread: a row of four experts in float32 is one load, one of sixteen four lanes'.
     width = power(M)
     return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)
+
+
+def _row(
+    arch: Architecture, itemsize: int, D: int, registers: float, limit: float, sizes: tuple[int, ...]
+) -> Config | None:
+    # Tiles of 16 bytes a thread, a row on as few threads as leave its elements there within the limit at this many
+    # registers each.
+    vector = 16 // itemsize
+    for threads in sizes:
+        width = min(32 * vector, max(16, power(D)))
+        while width <= threads * vector:
+            if -(-D // width) * vector * registers <= limit:
+                return Config(rows=threads * vector // width, width=width, num_warps=threads // arch.warp)
+            width *= 2
+    return None
+
+
+def _norm(
+    arch: Architecture,
+    itemsize: int,
+    D: int,
+    registers: float,
+    held: float = 0,
+    others: int = 48,
+    sizes: tuple[int, ...] = (128, 256),
+) -> Config:
+    # A kernel with rows in registers, `registers` for each element of one, and `held` more if it is to read nothing
+    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes,
+    # `sizes` are the threads that a program may have.
+    for group, each in ((2, registers + held), (1, registers)):
+        if group == 1 or held:
+            if found := _row(arch, itemsize, D, each, 240 - others, sizes):
+                used = -(-D // found.width) * 16 // itemsize * each + others
+                resident = arch.registers // int(used * found.num_warps * arch.warp)
+                return replace(found, group=group, resident=min(8, resident))
+    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, group=0, resident=2)
+
+
+@heuristic
+def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Few columns a program, for there are few columns; a warp reads 128 bytes of each of eight rows.
+    return Config(rows=32, width=32, num_warps=128 // arch.warp)
+
+
+@heuristic
+def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # The row, and its next tile of each expert; half of the registers, so that there are more programs.
+    # With sixteen experts' loads under way ptxas spills in programs of 128 threads, to fit one more of them.
+    return _norm(arch, itemsize, D, registers=2, others=150, sizes=(128, 256) if M <= 8 else (256,))
+
+
+@heuristic
+def competency_aggregate_backward(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # x or h, g and two sums; the experts' tiles, in float32 whatever they were, for nothing is converted twice.
+    return _norm(arch, itemsize, D, registers=6, held=M, others=48 + 7 * M)

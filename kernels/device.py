@@ -67,7 +67,7 @@ def row_offsets(indices, strides, ALIGN: tl.constexpr):
 def share_of(program, each, extra):
     """A program's share of what `divmod(count, programs)` splits: consecutive, from the first up to the second number."""
     begin = program * each + tl.minimum(program, extra)
-    return begin, begin + each + (program < extra).to(tl.int64)
+    return begin, begin + each + (program < extra).to(tl.int32)
 
 
 @triton.jit

@@ -34,8 +34,8 @@ def kernel(function: Callable) -> Callable:
     """`triton.jit` that specialises on pointers alone: sizes and strides, and so B and N, compile nothing new.
 
     Pointers are named *_ptr, or *_ptrs for a tuple of them. Every other argument is a tl.constexpr, a size
-    annotated tl.int64, a float annotated tl.float32 (a Python float must not become a float64), or a tuple of strides
-    made by `strides` (or of such tuples)."""
+    annotated tl.int64 (tl.int32 where it counts programs), a float annotated tl.float32 (a Python float must not
+    become a float64), or a tuple of strides made by `strides` (or of such tuples)."""
     plain = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
