@@ -376,6 +376,7 @@ def competency_aggregate(
         BLOCK_D=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **config.unspilled(out.device),
     )
     return out, weights
 
@@ -435,6 +436,7 @@ def competency_aggregate_backward(
             BLOCK_D=c.width,
             num_warps=c.num_warps,
             num_stages=c.num_stages,
+            **config.unspilled(grad.device),
         )
         if for_norms:
             column_sums(sums, [t for t in norms if t is not None])

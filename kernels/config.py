@@ -91,6 +91,12 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors_of(device.index) if device.type == "cuda" else 132
 
 
+def unspilled(device: torch.device) -> dict[str, int]:
+    """A launch's constants that keep ptxas from spilling a few registers for the sake of one more resident program, as it
+    does without a limit: it then uses what it needs, up to all that a thread can have."""
+    return {"maxnreg": 255} if architecture(device).name.startswith("sm_") else {}
+
+
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
 
 
@@ -175,13 +181,11 @@ def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
     return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)
 
 
-def _row(
-    arch: Architecture, itemsize: int, D: int, registers: float, limit: float, sizes: tuple[int, ...]
-) -> Config | None:
+def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: float) -> Config | None:
     # Tiles of 16 bytes a thread, a row on as few threads as leave its elements there within the limit at this many
     # registers each.
     vector = 16 // itemsize
-    for threads in sizes:
+    for threads in (128, 256):
         width = min(32 * vector, max(16, power(D)))
         while width <= threads * vector:
             if -(-D // width) * vector * registers <= limit:
@@ -190,24 +194,14 @@ def _row(
     return None
 
 
-def _norm(
-    arch: Architecture,
-    itemsize: int,
-    D: int,
-    registers: float,
-    held: float = 0,
-    others: int = 48,
-    sizes: tuple[int, ...] = (128, 256),
-) -> Config:
+def _norm(arch: Architecture, itemsize: int, D: int, registers: float, held: float = 0, others: int = 40) -> Config:
     # A kernel with rows in registers, `registers` for each element of one, and `held` more if it is to read nothing
-    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes,
-    # `sizes` are the threads that a program may have.
+    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes.
     for group, each in ((2, registers + held), (1, registers)):
-        if group == 1 or held:
-            if found := _row(arch, itemsize, D, each, 240 - others, sizes):
-                used = -(-D // found.width) * 16 // itemsize * each + others
-                resident = arch.registers // int(used * found.num_warps * arch.warp)
-                return replace(found, group=group, resident=min(8, resident))
+        if (group == 1 or held) and (found := _row(arch, itemsize, D, each, 240 - others)):
+            used = -(-D // found.width) * 16 // itemsize * each + others
+            resident = arch.registers // int(used * found.num_warps * arch.warp)
+            return replace(found, group=group, resident=min(8, resident))
     return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, group=0, resident=2)
 
 
@@ -220,11 +214,28 @@ def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
 @heuristic
 def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # The row, and its next tile of each expert; half of the registers, so that there are more programs.
-    # With sixteen experts' loads under way ptxas spills in programs of 128 threads, to fit one more of them.
-    return _norm(arch, itemsize, D, registers=2, others=150, sizes=(128, 256) if M <= 8 else (256,))
+    return _norm(arch, itemsize, D, registers=2, others=150)
 
 
 @heuristic
 def competency_aggregate_backward(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # x or h, g and two sums; the experts' tiles, in float32 whatever they were, for nothing is converted twice.
     return _norm(arch, itemsize, D, registers=6, held=M, others=48 + 7 * M)
+
+
+@heuristic
+def adapter(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Both norms' forwards: a row.
+    return _norm(arch, itemsize, D, registers=2, others=150)
+
+
+@heuristic
+def adapter_in_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # x or h, g and two sums.
+    return _norm(arch, itemsize, D, registers=5)
+
+
+@heuristic
+def adapter_out_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # s or h, g, the gate's slope and four sums.
+    return _norm(arch, itemsize, D, registers=9)

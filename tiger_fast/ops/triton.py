@@ -8,6 +8,7 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.adapter import adapter
 from tiger_fast.ops.alignment import alignment_loss, causal_target
 from tiger_fast.ops.competency_aggregate import competency_aggregate
 from tiger_fast.ops.leave_one_out import leave_one_out
@@ -15,6 +16,7 @@ from tiger_fast.ops.library import DEFINED, LIBRARY, define
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
+    "adapter": ("adapter", "adapter_backward"),
     "alignment": ("alignment_loss", "alignment_loss_backward", "causal_target", "causal_target_backward"),
     "competency_aggregate": ("competency_aggregate", "competency_aggregate_backward"),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
@@ -22,6 +24,7 @@ _MODULES = {
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
+    "adapter": adapter,
     "alignment_loss": alignment_loss,
     "causal_target": causal_target,
     "competency_aggregate": competency_aggregate,
