@@ -67,8 +67,9 @@ def scale_of(squares, eps, D: tl.constexpr):
 @triton.jit
 def merge(mean, squares, x, chunk, D: tl.constexpr, BLOCK_D: tl.constexpr):
     """The mean and the sum of centred squares, (BLOCK_N, 1), of `chunk` tiles and of the tile x behind them."""
-    before = (chunk * BLOCK_D).to(tl.float32)
-    size = tl.minimum(D - chunk * BLOCK_D, BLOCK_D).to(tl.float32)
+    before = tl.full((), 0, tl.int32) + chunk * BLOCK_D  # a tensor in the interpreter too
+    size = tl.minimum(D - before, BLOCK_D).to(tl.float32)
+    before = before.to(tl.float32)
     here = tl.sum(x, axis=1)[:, None] / size
     centred = tl.where((columns(chunk, BLOCK_D) < D)[None, :], x - here, 0.0)
     step = here - mean
