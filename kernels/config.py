@@ -213,8 +213,8 @@ def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
 
 @heuristic
 def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
-    # The row, and its next tile of each expert; half of the registers, so that there are more programs.
-    return _norm(arch, itemsize, D, registers=2, others=150)
+    # The row, and what is loaded ahead of it: more with more experts, for ptxas takes what registers there are.
+    return _norm(arch, itemsize, D, registers=2, others=140 + 4 * M)
 
 
 @heuristic
