@@ -7,7 +7,7 @@ memory (`profiling/static_report.py`), so that nothing spills at the limits and 
 import json
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -45,7 +45,7 @@ class Config:
     """How a kernel is launched.
 
     rows: tokens of a program's tile; width: channels (or classes) of a step; columns, group and one_pass: what a kernel
-    says they are."""
+    says they are; resident: programs of a multiprocessor, where each goes on to further tiles."""
 
     rows: int
     width: int
@@ -54,6 +54,7 @@ class Config:
     group: int = 1
     columns: int = 64
     one_pass: bool = False
+    resident: int = 1
 
 
 _assumed: str | None = None
@@ -80,6 +81,22 @@ def architecture(device: torch.device) -> Architecture:
     if _assumed is not None:
         return ARCHITECTURES[_assumed]
     return _architecture_of(device.index) if device.type == "cuda" else ARCHITECTURES["sm_90"]
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors_of(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has: the sums over tokens are split among them."""
+    return _multiprocessors_of(device.index) if device.type == "cuda" else 132
+
+
+def unspilled(device: torch.device) -> dict[str, int]:
+    """A launch's constants that keep ptxas from spilling a few registers for the sake of one more resident program, as it
+    does without a limit: it then uses what it needs, up to all that a thread can have."""
+    return {"maxnreg": 255} if architecture(device).name.startswith("sm_") else {}
 
 
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
@@ -291,3 +308,70 @@ def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Co
     wide = C > 64
     width = min(128 if wide else 64, max(16, power(D)))
     return Config(64, width, (256 if wide else 128) // arch.warp, stages, min(128, power(max(16, C))))
+
+
+@heuristic
+def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
+    # Four elements a thread: a row of four experts in float32 is one load, one of sixteen four lanes'.
+    width = power(M)
+    return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)
+
+
+def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: float) -> Config | None:
+    # Tiles of 16 bytes a thread, a row on as few threads as leave its elements there within the limit at this many
+    # registers each.
+    vector = 16 // itemsize
+    for threads in (128, 256):
+        width = min(32 * vector, max(16, power(D)))
+        while width <= threads * vector:
+            if -(-D // width) * vector * registers <= limit:
+                return Config(rows=threads * vector // width, width=width, num_warps=threads // arch.warp)
+            width *= 2
+    return None
+
+
+def _norm(arch: Architecture, itemsize: int, D: int, registers: float, held: float = 0, others: int = 40) -> Config:
+    # A kernel with rows in registers, `registers` for each element of one, and `held` more if it is to read nothing
+    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes.
+    for group, each in ((2, registers + held), (1, registers)):
+        if (group == 1 or held) and (found := _row(arch, itemsize, D, each, 240 - others)):
+            used = -(-D // found.width) * 16 // itemsize * each + others
+            resident = arch.registers // int(used * found.num_warps * arch.warp)
+            return replace(found, group=group, resident=min(8, resident))
+    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, group=0, resident=2)
+
+
+@heuristic
+def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Few columns a program, for there are few columns; a warp reads 128 bytes of each of eight rows.
+    return Config(rows=32, width=32, num_warps=128 // arch.warp)
+
+
+@heuristic
+def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # The row, and what is loaded ahead of it: more with more experts, for ptxas takes what registers there are.
+    return _norm(arch, itemsize, D, registers=2, others=140 + 4 * M)
+
+
+@heuristic
+def competency_aggregate_backward(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # x or h, g and two sums; the experts' tiles, in float32 whatever they were, for nothing is converted twice.
+    return _norm(arch, itemsize, D, registers=6, held=M, others=48 + 7 * M)
+
+
+@heuristic
+def adapter(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Both norms' forwards: a row.
+    return _norm(arch, itemsize, D, registers=2, others=150)
+
+
+@heuristic
+def adapter_in_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # x or h, g and two sums.
+    return _norm(arch, itemsize, D, registers=5)
+
+
+@heuristic
+def adapter_out_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # s or h, g, the gate's slope and four sums.
+    return _norm(arch, itemsize, D, registers=9)

@@ -1,7 +1,7 @@
 """How kernels are declared and launched, and what every launcher needs to know of its tensors."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -53,8 +53,8 @@ def kernel(function: Callable) -> Callable:
     """`triton.jit` that specialises on pointers alone: sizes and strides, and so B and N, compile nothing new.
 
     Pointers are named *_ptr, or *_ptrs for a tuple of them. Every other argument is a tl.constexpr, a size
-    annotated tl.int64, a float annotated tl.float32 (a Python float must not become a float64), or a tuple of strides
-    made by `strides` (or of such tuples)."""
+    annotated tl.int64 (tl.int32 where it counts programs), a float annotated tl.float32 (a Python float must not
+    become a float64), or a tuple of strides made by `strides` (or of such tuples)."""
     plain = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -109,6 +109,24 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
     Triton specialises integers inside a tuple on being 1 and on being multiples of 16, whatever `kernel` says, and these
     are neither."""
     return tuple(2 * stride + 3 for stride in tensor.stride())
+
+
+def joined(sizes: Sequence[int], *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The leading dimensions of rows, in as few dimensions as all of `tensors` allow: their sizes for
+    `device.row_indices`, and each tensor's strides along them for `device.row_offsets`, all in the form of `strides`.
+
+    A tensor may have one dimension more than `sizes`, the row itself."""
+    found: list[tuple[int, ...]] = []  # (size, stride of each tensor) of each dimension
+    for i, size in enumerate(sizes):
+        here = (size, *(tensor.stride(i) for tensor in tensors))
+        if size == 1:
+            continue
+        if found and all(outer == inner * size for outer, inner in zip(found[-1][1:], here[1:], strict=True)):
+            here = (found.pop()[0] * size, *here[1:])
+        found.append(here)
+    if not found or 0 in sizes:
+        found = [(1,) * (1 + len(tensors))]
+    return tuple(tuple(2 * number + 3 for number in numbers) for numbers in zip(*found, strict=True))
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -8,6 +8,9 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.adapter import adapter
+from tiger_fast.ops.alignment import alignment_loss, causal_target
+from tiger_fast.ops.competency_aggregate import competency_aggregate
 from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
 from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
@@ -16,31 +19,38 @@ from tiger_fast.ops.route import route
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
-    "route": ("route",),
-    "route_backward": ("route_backward",),
-    "group_attention": (
-        "group_attention",
-        "group_attention_backward",
-        "group_attention_packed",
-        "group_attention_packed_backward",
-    ),
+    "adapter": ("adapter", "adapter_backward"),
+    "alignment": ("alignment_loss", "alignment_loss_backward", "causal_target", "causal_target_backward"),
+    "competency_aggregate": ("competency_aggregate", "competency_aggregate_backward"),
     "counterfactual": (
         "counterfactual_losses",
         "counterfactual_losses_backward",
         "counterfactual_losses_from_projections",
         "counterfactual_losses_from_projections_backward",
     ),
+    "group_attention": (
+        "group_attention",
+        "group_attention_backward",
+        "group_attention_packed",
+        "group_attention_packed_backward",
+    ),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
+    "route": ("route",),
+    "route_backward": ("route_backward",),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
-    "route": route,
-    "group_attention": group_attention,
-    "group_attention_packed": group_attention_packed,
+    "adapter": adapter,
+    "alignment_loss": alignment_loss,
+    "causal_target": causal_target,
+    "competency_aggregate": competency_aggregate,
     "counterfactual_losses": counterfactual_losses,
     "counterfactual_losses_from_projections": counterfactual_losses_from_projections,
+    "group_attention": group_attention,
+    "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
+    "route": route,
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
