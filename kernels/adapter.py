@@ -9,7 +9,7 @@ dy = [d(y L^T) | d(y G^T)] [L; G] is one product; then the first norm's.
 Layout: x and the output's gradient (..., C) and (..., D) with any leading strides; all between them dense rows. A tile is
 BLOCK_N rows, held in registers; the backwards' programs go on from tile to tile with their sums of rows. Bytes, in units
 of rows x D elements, C = D: forward 1 read, 1 written (y), products 2 read, 2 written, 2 read, 1 written: 9; backward,
-where y and y L^T are made again, 18, of which the products move 9.
+where y and y L^T are made again, 19, of which the products move 9.
 """
 
 import torch
