@@ -274,6 +274,7 @@ def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool)
         BLOCK_D=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 8 else {}),
     )
     return out
 
@@ -315,5 +316,6 @@ def leave_one_out_backward(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 8 else {}),
     )
     return [t for t in (*found, grad_weights) if t is not None]

@@ -113,7 +113,8 @@ def test_strides_change_nothing(name):
     expected = run(name, dense, given, "triton")
     for change in (transposed, sliced):
         outputs, found = run(name, transform(change, dense), [change(c) for c in given], "triton")
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected[0], strict=True))
+        for value, other in zip(outputs, expected[0], strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)  # torch's products depend on layout
         for key, value in found.items():
             torch.testing.assert_close(value, expected[1][key], rtol=1e-6, atol=1e-6)
 

@@ -61,11 +61,14 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def missing() -> str | None:
     """Why this installation cannot run the kernels, and what would mend it; None if it can."""
+    # device_count rather than is_available, which would start the driver and leave forked processes without it.
+    if not INTERPRETED and not torch.cuda.device_count():
+        return (
+            "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+        )
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed: pip install 'tiger_fast[triton]'"
-    if INTERPRETED or torch.cuda.is_available():
-        return None
-    return "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+    return None
 
 
 def _implementation(module: str, name: str) -> Callable:
