@@ -66,9 +66,11 @@ def missing() -> str | None:
         return (
             "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
         )
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'tiger_fast[triton]'"
-    return None
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # an import hook that refuses it
+        found = False
+    return None if found else "Triton is not installed: pip install 'tiger_fast[triton]'"
 
 
 def _implementation(module: str, name: str) -> Callable:
