@@ -8,7 +8,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Config:
     """How a kernel is launched.
 
     rows: tokens of a program's tile; width: channels (or classes) of a step; columns, group and one_pass: what a kernel
-    says they are."""
+    says they are; resident: programs of a multiprocessor, where each goes on to further tiles."""
 
     rows: int
     width: int
@@ -55,6 +55,7 @@ class Config:
     group: int = 1
     columns: int = 64
     one_pass: bool = False
+    resident: int = 1
 
 
 _assumed: str | None = None
@@ -81,6 +82,22 @@ def architecture(device: torch.device) -> Architecture:
     if _assumed is not None:
         return ARCHITECTURES[_assumed]
     return _architecture_of(device.index) if device.type == "cuda" else ARCHITECTURES["sm_90"]
+
+
+@lru_cache(maxsize=64)
+def _multiprocessors_of(index: int | None) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has: the sums over tokens are split among them."""
+    return _multiprocessors_of(device.index) if device.type == "cuda" else 132
+
+
+def unspilled(device: torch.device) -> dict[str, int]:
+    """A launch's constants that keep ptxas from spilling a few registers for the sake of one more resident program, as it
+    does without a limit: it then uses what it needs, up to all that a thread can have."""
+    return {"maxnreg": 255} if architecture(device).name.startswith("sm_") else {}
 
 
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
@@ -179,24 +196,30 @@ def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
 
 @heuristic
 def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
-    # M gradients in float32 beside M experts' tiles and M cotangents'.
+    # One vector of 16 bytes a thread. For four experts at a time: cotangents, and gradients in float32.
     width = even_width(D, 128)
-    elements = (1024 if M <= 4 else 512) // (itemsize // 2)
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=power(T))
+    return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
+
+
+def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, wide: bool) -> Config:
+    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
+    # limits, where those of four warps spill a few registers.
+    widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
+    return Config(16, even_width(D, widest), warps, 2 if columns == 64 else 1, group=group, columns=columns)
 
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # 8 (16 in float32) elements a thread of each tile; sums of up to 64 columns for each of a group's experts, 8 of a
-    # thread's registers an expert.
-    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=2, group=min(M, 4))
+    if M > 8 and T > 16:
+        return _route(arch, itemsize, D, 2, 32, wide=True)
+    return _route(arch, itemsize, D, min(M, 4), 64, wide=False)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    # As in the forward. Groups of two at the limits, where four spill a few registers.
-    group = min(M, 2 if T > 16 or (itemsize == 4 and M > 8) else 4)
-    return Config(16, even_width(D, 128 // itemsize), 128 // arch.warp, num_stages=1, group=group, columns=32)
+    if T > 16:
+        return _route(arch, itemsize, D, min(M, 2), 32, wide=True)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, wide=False)
 
 
 @heuristic
@@ -248,3 +271,133 @@ def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: in
     if itemsize == 2:
         return _attention_by_products(arch.warp, G, head, 32 if vector == 8 else 16, 256 if head <= 256 else 128)
     return _attention_by_products(arch.warp, G, head, 8, 32)
+
+
+@heuristic
+def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:
+    # `group` is the tile of all classes, 0 where the library is to make the products. Four warps: small programs, so that
+    # while one makes its losses, others read. A thread has M accumulators beside as much of some three tiles more (logits,
+    # target and what is made of them) and M + 1 numbers of each token.
+    classes = power(max(C, 16))
+    if M * classes > 512 or (M + 3) * classes > 1024:
+        return Config(rows=16, width=0, num_warps=4, group=0)
+    rows = 32 if M <= 4 and (M + 3) * classes <= 448 else 16
+    stages = 3 if arch.warp == 32 else 2
+    # Rows of whole lines of 128 bytes, if there is room; operands of float32 products are in registers too.
+    widths = (64, 32) if itemsize == 2 else (16,)
+    shared = stages * (rows * M + classes) * itemsize
+    width = next((w for w in widths if w * shared <= arch.shared_of_program), 16)
+    return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, classes)
+
+
+def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
+    # `elements` a thread of each of the M tiles; up to 128 classes in one tile, more in such that pad them least.
+    width = max(16, power(C)) if C <= 128 else 64 if -(-C // 64) % 2 else 128
+    return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1)
+
+
+# Where classes come in several tiles, a thread keeps addresses (one for each element that is loaded alone, so fewer
+# elements where rows are not aligned) and up to four numbers of each token and expert between them.
+
+
+@heuristic
+def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
+    if C <= 128:
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+    elements = 8 if M <= 4 else 4 if M <= 8 else 1
+    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
+
+
+@heuristic
+def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
+    # M projections and M + 1 gradients of logits at once.
+    if C <= 128:
+        return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
+    elements = 8 if M <= 4 else 2 if M <= 8 else 1
+    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
+
+
+@heuristic
+def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    if itemsize == 4:
+        return Config(64, min(64, max(16, power(D))), 256 // arch.warp, 2, 16)
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, min(64, power(max(16, C))))
+
+
+@heuristic
+def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
+    # `rows`, the tokens of a step, are how deep a product is: for float32 in registers. Of many classes larger tiles, for
+    # the features are read once for each.
+    stages = 3 if arch.warp == 32 else 2
+    if itemsize == 4:
+        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, min(64, power(max(16, C))))
+    wide = C > 64
+    width = min(128 if wide else 64, max(16, power(D)))
+    return Config(64, width, (256 if wide else 128) // arch.warp, stages, min(128, power(max(16, C))))
+
+
+@heuristic
+def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
+    # Four elements a thread: a row of four experts in float32 is one load, one of sixteen four lanes'.
+    width = power(M)
+    return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)
+
+
+def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: float) -> Config | None:
+    # Tiles of 16 bytes a thread, a row on as few threads as leave its elements there within the limit at this many
+    # registers each.
+    vector = 16 // itemsize
+    for threads in (128, 256):
+        width = min(32 * vector, max(16, power(D)))
+        while width <= threads * vector:
+            if -(-D // width) * vector * registers <= limit:
+                return Config(rows=threads * vector // width, width=width, num_warps=threads // arch.warp)
+            width *= 2
+    return None
+
+
+def _norm(arch: Architecture, itemsize: int, D: int, registers: float, held: float = 0, others: int = 40) -> Config:
+    # A kernel with rows in registers, `registers` for each element of one, and `held` more if it is to read nothing
+    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes.
+    for group, each in ((2, registers + held), (1, registers)):
+        if (group == 1 or held) and (found := _row(arch, itemsize, D, each, 240 - others)):
+            used = -(-D // found.width) * 16 // itemsize * each + others
+            resident = arch.registers // int(used * found.num_warps * arch.warp)
+            return replace(found, group=group, resident=min(8, resident))
+    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, group=0, resident=2)
+
+
+@heuristic
+def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Few columns a program, for there are few columns; a warp reads 128 bytes of each of eight rows.
+    return Config(rows=32, width=32, num_warps=128 // arch.warp)
+
+
+@heuristic
+def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # The row, and what is loaded ahead of it: more with more experts, for ptxas takes what registers there are.
+    return _norm(arch, itemsize, D, registers=2, others=140 + 4 * M)
+
+
+@heuristic
+def competency_aggregate_backward(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
+    # x or h, g and two sums; the experts' tiles, in float32 whatever they were, for nothing is converted twice.
+    return _norm(arch, itemsize, D, registers=6, held=M, others=48 + 7 * M)
+
+
+@heuristic
+def adapter(arch: Architecture, itemsize: int, D: int) -> Config:
+    # Both norms' forwards: a row.
+    return _norm(arch, itemsize, D, registers=2, others=150)
+
+
+@heuristic
+def adapter_in_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # x or h, g and two sums.
+    return _norm(arch, itemsize, D, registers=5)
+
+
+@heuristic
+def adapter_out_backward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # s or h, g, the gate's slope and four sums.
+    return _norm(arch, itemsize, D, registers=9)

@@ -1,7 +1,7 @@
 """How kernels are declared and launched, and what every launcher needs to know of its tensors."""
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -14,29 +14,35 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _mend_interpreter() -> None:
-    # Two faults of the interpreter in Triton 3.6. A scalar is an array of one element there, which numpy 2.4 no longer
-    # takes as a loop's bound; and a product of bfloat16 tiles, which it keeps as uint16, multiplies their bits.
+    """Three faults of the interpreter in Triton 3.6."""
     import numpy as np
     from triton.runtime import interpreter
 
-    patch = interpreter._patch_lang_tensor
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    patch, dot, truncate = interpreter._patch_lang_tensor, builder.create_dot, builder.create_fp_trunc
 
+    # A scalar is an array of one element, which numpy 2.4 no longer takes as a loop's bound.
     def patched(tensor: type, scope: object) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
 
-    interpreter._patch_lang_tensor = patched
-    multiply = interpreter.InterpreterBuilder.create_dot
-
-    def as_float(tile: interpreter.TensorHandle) -> interpreter.TensorHandle:
+    # bfloat16 is held as uint16, the upper bits of a float32, and products multiply the integers.
+    def widened(tile: object) -> object:
         if tile.dtype.scalar != tl.bfloat16 or tile.data.dtype != np.uint16:
             return tile
-        return interpreter.TensorHandle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+        return handle((tile.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
-    def create_dot(self: object, a: object, b: object, *rest: object) -> object:
-        return multiply(self, as_float(a), as_float(b), *rest)
+    # float32 is cut off to bfloat16, where devices round to the nearest even.
+    def rounded(self: object, source: object, to: object) -> object:
+        if source.dtype.scalar != tl.float32 or to.scalar != tl.bfloat16:
+            return truncate(self, source, to)
+        bits, nan = source.data.view(np.uint32), np.isnan(source.data)
+        nearest = bits + np.where(nan, 0, 0x7FFF + (bits >> 16 & 1)).astype(np.uint32)
+        return handle(((nearest | np.where(nan, np.uint32(0x400000), 0)) >> 16).astype(np.uint16), tl.bfloat16)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter._patch_lang_tensor = patched
+    builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
+    builder.create_fp_trunc = rounded
 
 
 if INTERPRETED:
@@ -47,8 +53,8 @@ def kernel(function: Callable) -> Callable:
     """`triton.jit` that specialises on pointers alone: sizes and strides, and so B and N, compile nothing new.
 
     Pointers are named *_ptr, or *_ptrs for a tuple of them. Every other argument is a tl.constexpr, a size
-    annotated tl.int64, a float annotated tl.float32 (a Python float must not become a float64), or a tuple of strides
-    made by `strides` (or of such tuples)."""
+    annotated tl.int64 (tl.int32 where it counts programs), a float annotated tl.float32 (a Python float must not
+    become a float64), or a tuple of strides made by `strides` (or of such tuples)."""
     plain = [
         name
         for name, parameter in inspect.signature(function).parameters.items()
@@ -103,6 +109,24 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
     Triton specialises integers inside a tuple on being 1 and on being multiples of 16, whatever `kernel` says, and these
     are neither."""
     return tuple(2 * stride + 3 for stride in tensor.stride())
+
+
+def joined(sizes: Sequence[int], *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
+    """The leading dimensions of rows, in as few dimensions as all of `tensors` allow: their sizes for
+    `device.row_indices`, and each tensor's strides along them for `device.row_offsets`, all in the form of `strides`.
+
+    A tensor may have one dimension more than `sizes`, the row itself."""
+    found: list[tuple[int, ...]] = []  # (size, stride of each tensor) of each dimension
+    for i, size in enumerate(sizes):
+        here = (size, *(tensor.stride(i) for tensor in tensors))
+        if size == 1:
+            continue
+        if found and all(outer == inner * size for outer, inner in zip(found[-1][1:], here[1:], strict=True)):
+            here = (found.pop()[0] * size, *here[1:])
+        found.append(here)
+    if not found or 0 in sizes:
+        found = [(1,) * (1 + len(tensors))]
+    return tuple(tuple(2 * number + 3 for number in numbers) for numbers in zip(*found, strict=True))
 
 
 def dense(tensor: Tensor) -> Tensor:

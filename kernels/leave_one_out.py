@@ -8,12 +8,14 @@ and with G the gradient of out, H_tj = sum over k != j of r_tk G_tk:
 
 Layout: experts (B, N, D) with any strides but the last, weights (B, T, N, M) with any, out (B, T, M, N, D) dense.
 A program holds a tile (BLOCK_N tokens, BLOCK_D channels) of every expert in registers and loops over the tasks; the
-backward loops over tiles of channels too, as dw sums over them. Bytes, in units of B N D elements: forward M read, T M
+backward loops over tiles of channels too, as dw sums over them, and takes experts in groups: with more than one group it
+reads G again for each, from a cache. Bytes, in units of B N D elements: forward M read, T M
 written; backward M + T M read, M written; the weights beside them.
 """
 
 from collections.abc import Sequence
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,7 +24,7 @@ from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, rows_of, stride, sum_of_others, totals_of
 from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
 
-_GROUP = tl.constexpr(4)
+_GROUP = tl.constexpr(8)
 
 
 @triton.jit
@@ -34,19 +36,15 @@ def _load_weights(pointers, strides, exists, M: tl.constexpr):
 
 
 @triton.jit
-def _scales(weights, RENORMALIZE: tl.constexpr):
+def _scale(weights, k: tl.constexpr, RENORMALIZE: tl.constexpr):
     # r_k: 1, or over the others' sum.
-    result = ()
-    for k in tl.static_range(len(weights)):
-        total = tl.zeros_like(weights[k])
-        for j in tl.static_range(len(weights)):
-            if j != k:
-                total += weights[j]
-        if RENORMALIZE:
-            result = result + (tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total)),)
-        else:
-            result = result + (tl.full(total.shape, 1.0, tl.float32),)
-    return result
+    total = tl.zeros_like(weights[k])
+    for j in tl.static_range(len(weights)):
+        if j != k:
+            total += weights[j]
+    if RENORMALIZE:
+        return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
+    return tl.full(total.shape, 1.0, tl.float32)
 
 
 @kernel
@@ -76,15 +74,107 @@ def _forward(
     for task in range(tasks):
         base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
         weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
-        scales = _scales(weights, RENORMALIZE)
         totals = totals_of(tiles, weights, _GROUP)
         for k in tl.static_range(M):
             left = sum_of_others(tiles, weights, k, _GROUP, totals)
             if RENORMALIZE:
                 # An expert of weight 0 may be infinite: what no weight counts is 0, not NaN.
-                left = tl.where(scales[k][:, None] == 0, 0.0, left * scales[k][:, None])
+                scale = _scale(weights, k, RENORMALIZE)[:, None]
+                left = tl.where(scale == 0, 0.0, left * scale)
             row = ((sample * tasks + task) * M + k) * tokens + token
             tl.store(out_ptr + row[:, None] * D + column[None, :], left.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _of_group(
+    grad_ptr,
+    grad_strides,
+    expert_ptrs,
+    expert_strides,
+    weights_ptr,
+    weights_strides,
+    grad_expert_ptrs,
+    sample,
+    token,
+    exists,
+    tokens,
+    tasks,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    NEEDS: tl.constexpr,
+    RENORMALIZE: tl.constexpr,
+    ALIGN: tl.constexpr,
+    GRAD_ALIGN: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+):
+    # Writes dF_j of the experts from FIRST on and returns, for each, F_j . H_tj and r_tj out_tj . G_tj: (BLOCK_N, BLOCK_T).
+    M: tl.constexpr = len(expert_ptrs)
+    FOR_WEIGHTS: tl.constexpr = (NEEDS >> M) & 1
+    every_task = tl.arange(0, BLOCK_T)
+    features, scaled = (), ()
+    for _ in tl.static_range(SIZE):
+        features = features + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
+        scaled = scaled + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        tiles, totals = (), ()
+        for m in tl.static_range(M):
+            if FOR_WEIGHTS and (RENORMALIZE or (m >= FIRST and m < FIRST + SIZE)):
+                offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+                tiles = tiles + (tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0),)
+        OWN: tl.constexpr = FIRST if RENORMALIZE else 0  # where this group's tiles begin
+        for _ in tl.static_range(SIZE):
+            totals = totals + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
+        for task in range(tasks):
+            base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
+            weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
+            grads = ()
+            grads_of_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            mixed_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            for k in tl.static_range(M):
+                first = rows(grad_strides, sample, task, GRAD_ALIGN) + k * stride(grad_strides[2], GRAD_ALIGN)
+                offsets = first + token[:, None] * stride(grad_strides[3], GRAD_ALIGN) + column[None, :]
+                grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0)
+                if k >= FIRST and k < FIRST + SIZE:
+                    grads = grads + (grad,)
+                else:
+                    grads_of_others += _scale(weights, k, RENORMALIZE)[:, None] * grad.to(tl.float32)
+                    if FOR_WEIGHTS and RENORMALIZE:
+                        mixed_others += weights[k][:, None] * tiles[k].to(tl.float32)
+            new_totals, new_features, new_scaled = (), (), ()
+            for j in tl.static_range(SIZE):
+                passed = grads_of_others
+                for k in tl.static_range(SIZE):
+                    if k != j:
+                        passed += _scale(weights, FIRST + k, RENORMALIZE)[:, None] * grads[k].to(tl.float32)
+                new_totals = new_totals + (totals[j] + weights[FIRST + j][:, None] * passed,)
+                if FOR_WEIGHTS:
+                    dot = tl.sum(tiles[OWN + j].to(tl.float32) * passed, axis=1)
+                    here = (every_task == task)[None, :]
+                    new_features = new_features + (features[j] + tl.where(here, dot[:, None], 0.0),)
+                    if RENORMALIZE:
+                        left = mixed_others
+                        for i in tl.static_range(SIZE):
+                            if i != j:
+                                left += weights[FIRST + i][:, None] * tiles[FIRST + i].to(tl.float32)
+                        scale = _scale(weights, FIRST + j, RENORMALIZE)
+                        dot = tl.sum(left * grads[j].to(tl.float32), axis=1)
+                        dot = tl.where(scale == 0, 0.0, dot * scale * scale)
+                        new_scaled = new_scaled + (scaled[j] + tl.where(here, dot[:, None], 0.0),)
+            totals = new_totals
+            if FOR_WEIGHTS:
+                features = new_features
+                if RENORMALIZE:
+                    scaled = new_scaled
+        for j in tl.static_range(SIZE):
+            if (NEEDS >> (FIRST + j)) & 1:
+                to = grad_expert_ptrs[FIRST + j] + (sample * tokens + token)[:, None] * D + column[None, :]
+                tl.store(to, totals[j].to(to.dtype.element_ty), mask=inside)
+    return features, scaled
 
 
 @kernel
@@ -97,6 +187,8 @@ def _backward(
     weights_strides,
     grad_expert_ptrs,
     grad_weights_ptr,
+    features_ptr,
+    scaled_ptr,
     tokens: tl.int64,
     tasks: tl.int64,
     D: tl.constexpr,
@@ -107,67 +199,54 @@ def _backward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     M: tl.constexpr = len(expert_ptrs)
     FOR_WEIGHTS: tl.constexpr = (NEEDS >> M) & 1
     sample, token, exists = rows_of(tl.program_id(0).to(tl.int64), tokens, BLOCK_N)
     every_task = tl.arange(0, BLOCK_T)
-    through_features, through_scale = (), ()
-    for _ in tl.static_range(M):
-        through_features = through_features + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-        through_scale = through_scale + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-    for chunk in range(tl.cdiv(D, BLOCK_D)):
-        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = exists[:, None] & (column < D)[None, :]
-        tiles, grads = (), ()
-        for m in tl.static_range(M):
-            if FOR_WEIGHTS:
-                offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-                tiles = tiles + (tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0),)
-            grads = grads + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
-        for task in range(tasks):
-            base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
-            weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
-            scales = _scales(weights, RENORMALIZE)
-            cotangents = ()
-            for k in tl.static_range(M):
-                first = rows(grad_strides, sample, task, GRAD_ALIGN) + k * stride(grad_strides[2], GRAD_ALIGN)
-                offsets = first + token[:, None] * stride(grad_strides[3], GRAD_ALIGN) + column[None, :]
-                cotangents = cotangents + (tl.load(grad_ptr + offsets, mask=inside, other=0.0),)
-            totals = totals_of(cotangents, scales, _GROUP)
-            kept, kept_features, kept_scale = (), (), ()
-            for j in tl.static_range(M):
-                passed = sum_of_others(cotangents, scales, j, _GROUP, totals)
-                kept = kept + (grads[j] + weights[j][:, None] * passed,)
-                if FOR_WEIGHTS:
-                    dot = tl.sum(tiles[j].to(tl.float32) * passed, axis=1)
-                    here = tl.where((every_task == task)[None, :], dot[:, None], 0.0)
-                    kept_features = kept_features + (through_features[j] + here,)
-            grads = kept
-            if FOR_WEIGHTS:
-                through_features = kept_features
-                if RENORMALIZE:
-                    totals = totals_of(tiles, weights, _GROUP)
-                    for k in tl.static_range(M):
-                        left = sum_of_others(tiles, weights, k, _GROUP, totals)
-                        dot = tl.sum(left * cotangents[k].to(tl.float32), axis=1)
-                        dot = tl.where(scales[k] == 0, 0.0, dot * scales[k] * scales[k])
-                        here = tl.where((every_task == task)[None, :], dot[:, None], 0.0)
-                        kept_scale = kept_scale + (through_scale[k] + here,)
-                    through_scale = kept_scale
-        for m in tl.static_range(M):
-            if (NEEDS >> m) & 1:
-                offsets = (sample * tokens + token)[:, None] * D + column[None, :]
-                tl.store(grad_expert_ptrs[m] + offsets, grads[m].to(grad_expert_ptrs[m].dtype.element_ty), mask=inside)
-    if FOR_WEIGHTS:
-        inside = exists[:, None] & (every_task < tasks)[None, :]
-        offsets = ((sample * tasks + every_task)[None, :] * tokens + token[:, None]) * M
-        for j in tl.static_range(M):
-            result = through_features[j]
-            for k in tl.static_range(M):
-                if RENORMALIZE and k != j:
-                    result -= through_scale[k]
-            tl.store(grad_weights_ptr + offsets + j, result.to(grad_weights_ptr.dtype.element_ty), mask=inside)
+    in_tasks = exists[:, None] & (every_task < tasks)[None, :]
+    weight_rows = ((sample * tasks + every_task)[None, :] * tokens + token[:, None]) * M
+    for group in tl.static_range((M + GROUP - 1) // GROUP):
+        features, scaled = _of_group(
+            grad_ptr,
+            grad_strides,
+            expert_ptrs,
+            expert_strides,
+            weights_ptr,
+            weights_strides,
+            grad_expert_ptrs,
+            sample,
+            token,
+            exists,
+            tokens,
+            tasks,
+            group * GROUP,
+            min(GROUP, M - group * GROUP),
+            D,
+            NEEDS,
+            RENORMALIZE,
+            ALIGN,
+            GRAD_ALIGN,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_T,
+        )
+        for j in tl.static_range(len(features)):
+            to = weight_rows + group * GROUP + j
+            if FOR_WEIGHTS and RENORMALIZE:
+                tl.store(features_ptr + to, features[j], mask=in_tasks)
+                tl.store(scaled_ptr + to, scaled[j], mask=in_tasks)
+            elif FOR_WEIGHTS:
+                tl.store(grad_weights_ptr + to, features[j].to(grad_weights_ptr.dtype.element_ty), mask=in_tasks)
+    if FOR_WEIGHTS and RENORMALIZE:
+        tl.debug_barrier()
+        for j in range(M):
+            result = tl.load(features_ptr + weight_rows + j, mask=in_tasks, other=0.0)
+            for k in range(M):
+                other = tl.load(scaled_ptr + weight_rows + k, mask=in_tasks, other=0.0)
+                result -= tl.where(j == k, 0.0, other)
+            tl.store(grad_weights_ptr + weight_rows + j, result.to(grad_weights_ptr.dtype.element_ty), mask=in_tasks)
 
 
 def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool) -> Tensor:
@@ -195,6 +274,7 @@ def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool)
         BLOCK_D=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 8 else {}),
     )
     return out
 
@@ -208,6 +288,8 @@ def leave_one_out_backward(
     width = experts[0].shape[-1]
     found = [experts[0].new_empty(e.shape) if needs >> i & 1 else None for i, e in enumerate(experts)]
     grad_weights = weights.new_empty(weights.shape) if needs >> members & 1 else None
+    parted = grad_weights is not None and renormalize
+    kept = weights.new_empty((2, *weights.shape), dtype=torch.float32) if parted else None
     c = config.choose("leave_one_out_backward", weights.device, grad.dtype, D=width, M=members, T=power(tasks))
     launch(
         _backward,
@@ -220,6 +302,7 @@ def leave_one_out_backward(
         strides(weights),
         tuple(experts[i] if g is None else g for i, g in enumerate(found)),
         weights if grad_weights is None else grad_weights,
+        *(weights if kept is None else kept).expand(2, *weights.shape).unbind(),
         tokens,
         tasks,
         D=width,
@@ -229,8 +312,10 @@ def leave_one_out_backward(
         GRAD_ALIGN=alignment(grad),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
-        BLOCK_T=c.group,
+        BLOCK_T=power(tasks),
+        GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 8 else {}),
     )
     return [t for t in (*found, grad_weights) if t is not None]

@@ -449,5 +449,6 @@ def route(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(query.device) if members > 8 or tasks > 16 else {}),
     )
     return mixtures, weights, base, z

@@ -551,6 +551,7 @@ def route_backward(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(query.device) if members > 8 or tasks > 16 else {}),
     )
     factor = 1 / math.sqrt(width)
     found: dict[int, Tensor] = {7 + i: g for i, g in enumerate(grad_experts) if g is not None}

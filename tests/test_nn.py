@@ -1,6 +1,7 @@
 """The modules around the router: instructions, projection, query encoder, interactions, decoder."""
 
 import sys
+import types
 
 import pytest
 import torch
@@ -209,6 +210,41 @@ def test_interaction_is_torchs_attention_over_members():
     groups = module.norm(members).transpose(1, 2).flatten(0, 1)  # (B N, G, D)
     expected = attention(groups, groups, groups)[0].view(2, 5, 3, 8).transpose(1, 2)
     torch.testing.assert_close(module(members), members + expected)
+
+
+@pytest.mark.parametrize(("attention", "package"), [("flash", "flash_attn"), ("xformers", "xformers")])
+def test_a_missing_attention_package_is_named_with_the_command_that_installs_it(attention, package, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"{package}.ops", raising=False)
+    with pytest.raises(ImportError, match=rf"{package}.*pip install .*tiger_fast\[attention\]"):
+        ExpertInteraction(8, 2, scope="global", attention=attention)
+    ExpertInteraction(8, 2, attention=attention)  # at every token on its own it is not needed
+
+
+@pytest.mark.parametrize(
+    ("attention", "module", "function"),
+    [("flash", "flash_attn", "flash_attn_func"), ("xformers", "xformers.ops", "memory_efficient_attention")],
+)
+def test_every_attention_gets_what_it_takes_and_is_torchs(attention, module, function, monkeypatch):
+    # Stand-ins with the packages' own arguments, (batch, tokens, heads, width of a head); the real ones need a GPU.
+    def stand_in(q, k, v):
+        assert q.shape == k.shape == v.shape == (2, 15, 2, 4)
+        weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 2).softmax(dim=-1)
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+    fake = types.ModuleType(module)
+    setattr(fake, function, stand_in)
+    for name in {module, module.partition(".")[0]}:
+        monkeypatch.setitem(sys.modules, name, fake)
+    members, expected = torch.randn(2, 3, 5, 8), interaction(scope="global")
+    other = ExpertInteraction(8, 2, scope="global", attention=attention)
+    other.load_state_dict(expected.state_dict())
+    torch.testing.assert_close(other(members), expected(members))
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'flash'"):
+        ExpertInteraction(8, 2, scope="global", attention="flush")
 
 
 def test_global_scope_is_torchs_attention_over_all_tokens():

@@ -66,8 +66,7 @@ def test_values_and_gradients_agree(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_low_precision_agrees(name, dtype):
-    # The interpreter rounds bfloat16 towards zero, which a GPU does not: twice the error.
-    check(name, small(name, dtype, torch.float32), factor=4, shake=0, backend="triton")
+    check(name, small(name, dtype, torch.float32), shake=0, backend="triton")
 
 
 SIZES = [
@@ -114,7 +113,8 @@ def test_strides_change_nothing(name):
     expected = run(name, dense, given, "triton")
     for change in (transposed, sliced):
         outputs, found = run(name, transform(change, dense), [change(c) for c in given], "triton")
-        assert all(torch.equal(a, b) for a, b in zip(outputs, expected[0], strict=True))
+        for value, other in zip(outputs, expected[0], strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-6, atol=1e-6)  # torch's products depend on layout
         for key, value in found.items():
             torch.testing.assert_close(value, expected[1][key], rtol=1e-6, atol=1e-6)
 
@@ -154,7 +154,9 @@ def test_an_absent_gradient_counts_as_zero(name):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_what_is_not_finite_stays_in_its_token(name):
     arguments = small(name, N=18)
-    per_token = {key: t for key, t in tensors(arguments).items() if key.partition("[")[0] in ACTIVATIONS[name]}
+    per_token = {
+        key: t for key, t in tensors(arguments).items() if key.partition("[")[0] in ACTIVATIONS[CASES[name].function]
+    }
     if name.partition(" ")[0] == "alignment_loss" or not per_token:
         pytest.skip("this function has no output of its own for each token")
     broken = {}

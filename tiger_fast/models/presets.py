@@ -67,6 +67,7 @@ class TIGERSettings:
         router_hidden: units of g and h.
         num_heads: of both interactions.
         scope: of both interactions, "token" or "global".
+        attention: of both, what computes the "global" scope: "sdpa", "flash" or "xformers".
         decoder: (width, blocks) of each stage; each stage after the first is twice as large.
         query_width: channels of the query encoder's first convolution.
         routing: "learned" (TIGER eqs. 4-7), or "mean", equal weights: the control without routing.
@@ -83,6 +84,7 @@ class TIGERSettings:
     router_hidden: int = 768
     num_heads: int = 12
     scope: str = "token"
+    attention: str = "sdpa"
     decoder: tuple[tuple[int, int], ...] = ((1024, 8), (512, 2))
     query_width: int = 64
     routing: str = "learned"

@@ -101,12 +101,13 @@ class TIGER(nn.Module):
         self.instruction_encoder = TaskInstructionEncoder(instructions, learnable=not s.instructions)
         task_dim = self.instruction_encoder.dim
         self.projections = nn.ModuleList(ExpertProjection(e.dim, s.hidden, s.dim) for e in self.expert_specs)
-        self.expert_interaction = ExpertInteraction(s.dim, s.num_heads, scope=s.scope) if s.expert_interaction else None
+        interaction = {"dim": s.dim, "num_heads": s.num_heads, "scope": s.scope, "attention": s.attention}
+        self.expert_interaction = ExpertInteraction(**interaction) if s.expert_interaction else None
         self.query_encoder, self.router = None, None
         if s.routing == "learned":
             self.query_encoder = QueryEncoder(s.dim, s.patch_size, s.query_width)
             self.router = Router(s.dim, len(self.expert_specs), task_dim, s.rank, s.router_hidden)
-        self.task_interaction = TaskInteraction(s.dim, s.num_heads, scope=s.scope) if s.task_interaction else None
+        self.task_interaction = TaskInteraction(**interaction) if s.task_interaction else None
         self.decoder = SharedDecoder(
             s.dim,
             task_dim,

@@ -1,10 +1,12 @@
 """Attention among experts before routing and among tasks after it (TIGER sec. 3.4)."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tiger_fast import functional
-from tiger_fast._extras import unknown
+from tiger_fast._extras import require, unknown
 
 SCOPES = ("token", "global")
 
@@ -12,13 +14,19 @@ SCOPES = ("token", "global")
 class _Interaction(nn.Module):
     """x + W_o attention(LN(x)) over the G members of a group."""
 
-    def __init__(self, dim: int, num_heads: int, *, scope: str = "token", backend: str | None = None) -> None:
+    def __init__(
+        self, dim: int, num_heads: int, *, scope: str = "token", attention: str = "sdpa", backend: str | None = None
+    ) -> None:
         super().__init__()
         if scope not in SCOPES:
             raise unknown("scope", scope, SCOPES)
+        if attention not in ATTENTIONS:
+            raise unknown("attention", attention, ATTENTIONS)
+        if scope == "global":
+            ATTENTIONS[attention]()  # a package that is missing is missed here and not in the first forward
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
-        self.num_heads, self.scope, self.backend = num_heads, scope, backend
+        self.num_heads, self.scope, self.attention, self.backend = num_heads, scope, attention, backend
         self.norm = nn.LayerNorm(dim)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.out = nn.Linear(dim, dim)
@@ -32,20 +40,36 @@ class _Interaction(nn.Module):
         if self.scope == "token":
             mixed = functional.group_attention_packed(qkv, self.num_heads, backend=self.backend)
         else:
-            mixed = _global_attention(qkv, self.num_heads)
+            mixed = _global_attention(qkv, self.num_heads, ATTENTIONS[self.attention]())
         return members + self.out(mixed)
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, scope={self.scope!r}"
+        attention = f", attention={self.attention!r}" if self.scope == "global" else ""
+        return f"num_heads={self.num_heads}, scope={self.scope!r}{attention}"
 
 
-def _global_attention(qkv: Tensor, num_heads: int) -> Tensor:
+def _sdpa() -> Callable:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attend
+
+
+# By name, what gives attention of q, k, v (B, tokens, heads, D / heads), scaled by 1 / sqrt(D / heads). Packages are
+# imported when they are asked for.
+ATTENTIONS: dict[str, Callable[[], Callable]] = {
+    "sdpa": _sdpa,
+    "flash": lambda: require("flash_attn", "attention").flash_attn_func,
+    "xformers": lambda: require("xformers.ops", "attention").memory_efficient_attention,
+}
+
+
+def _global_attention(qkv: Tensor, num_heads: int, attend: Callable) -> Tensor:
     # Every token of every member attends to every token of every member.
     batch, members, tokens, width = qkv.shape
-    heads = qkv.reshape(batch, members * tokens, 3, num_heads, width // 3 // num_heads)
-    q, k, v = heads.permute(2, 0, 3, 1, 4)
-    mixed = F.scaled_dot_product_attention(q, k, v)
-    return mixed.transpose(1, 2).reshape(batch, members, tokens, width // 3)
+    q, k, v = qkv.reshape(batch, members * tokens, 3, num_heads, width // 3 // num_heads).unbind(2)
+    return attend(q, k, v).reshape(batch, members, tokens, width // 3)
 
 
 class ExpertInteraction(_Interaction):
@@ -55,6 +79,8 @@ class ExpertInteraction(_Interaction):
         dim: D.
         num_heads: divides D.
         scope: "token", experts attend to each other at every token on its own; "global", all tokens of all experts.
+        attention: what computes the "global" scope: "sdpa", PyTorch's; "flash", the package flash-attn (float16 and
+            bfloat16 on CUDA); "xformers". The last two raise ImportError where they are not installed.
         backend: forced for the "token" scope; None chooses by device.
 
     Maps (B, M, N, D) to (B, M, N, D).

@@ -8,6 +8,10 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast.ops.adapter import adapter
+from tiger_fast.ops.alignment import alignment_loss, causal_target
+from tiger_fast.ops.competency_aggregate import competency_aggregate
+from tiger_fast.ops.counterfactual import counterfactual_losses, counterfactual_losses_from_projections
 from tiger_fast.ops.group_attention import group_attention, group_attention_packed
 from tiger_fast.ops.leave_one_out import leave_one_out
 from tiger_fast.ops.library import DEFINED, LIBRARY, define
@@ -15,8 +19,15 @@ from tiger_fast.ops.route import route
 
 # Where in kernels/ an op is implemented, under its own name. A module is imported, and Triton with it, at the first call.
 _MODULES = {
-    "route": ("route",),
-    "route_backward": ("route_backward",),
+    "adapter": ("adapter", "adapter_backward"),
+    "alignment": ("alignment_loss", "alignment_loss_backward", "causal_target", "causal_target_backward"),
+    "competency_aggregate": ("competency_aggregate", "competency_aggregate_backward"),
+    "counterfactual": (
+        "counterfactual_losses",
+        "counterfactual_losses_backward",
+        "counterfactual_losses_from_projections",
+        "counterfactual_losses_from_projections_backward",
+    ),
     "group_attention": (
         "group_attention",
         "group_attention_backward",
@@ -24,14 +35,22 @@ _MODULES = {
         "group_attention_packed_backward",
     ),
     "leave_one_out": ("leave_one_out", "leave_one_out_backward"),
+    "route": ("route",),
+    "route_backward": ("route_backward",),
 }
 
 # What these kernels run; everything else runs the reference.
 NATIVE: dict[str, Callable] = {
-    "route": route,
+    "adapter": adapter,
+    "alignment_loss": alignment_loss,
+    "causal_target": causal_target,
+    "competency_aggregate": competency_aggregate,
+    "counterfactual_losses": counterfactual_losses,
+    "counterfactual_losses_from_projections": counterfactual_losses_from_projections,
     "group_attention": group_attention,
     "group_attention_packed": group_attention_packed,
     "leave_one_out": leave_one_out,
+    "route": route,
 }
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -42,11 +61,16 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 def missing() -> str | None:
     """Why this installation cannot run the kernels, and what would mend it; None if it can."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install 'tiger_fast[triton]'"
-    if INTERPRETED or torch.cuda.is_available():
-        return None
-    return "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+    # device_count rather than is_available, which would start the driver and leave forked processes without it.
+    if not INTERPRETED and not torch.cuda.device_count():
+        return (
+            "torch finds no CUDA or ROCm device; TRITON_INTERPRET=1 runs its kernels in Triton's interpreter, for tests"
+        )
+    try:
+        found = importlib.util.find_spec("triton") is not None
+    except ModuleNotFoundError:  # an import hook that refuses it
+        found = False
+    return None if found else "Triton is not installed: pip install 'tiger_fast[triton]'"
 
 
 def _implementation(module: str, name: str) -> Callable:
