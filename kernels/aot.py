@@ -60,7 +60,8 @@ def assume(arch: str) -> None:
 
 def name_of(launch: Launch) -> str:
     """The kernel's module and name."""
-    return launch.kernel.fn.__module__.rpartition(".")[2] + launch.kernel.fn.__name__
+    function = launch.kernel.fn
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__.lstrip('_')}"
 
 
 def specialization(launch: Launch, arch: str) -> tuple[list[tuple], dict]:

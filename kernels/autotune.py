@@ -130,7 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 where there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m tiger_fast.kernels.autotune", description=__doc__)
     parser.add_argument("--op", nargs="+", choices=OPS, required=True)
-    parser.add_argument("--shape", type=_shape, default={}, help="such as B=32,N=1024,D=768; the rest as in cases.DEFAULT")
+    parser.add_argument(
+        "--shape", type=_shape, default={}, help="such as B=32,N=1024,D=768; the rest as in cases.DEFAULT"
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--out", type=Path, required=True, help="the file; what it holds of other kernels stays")
     options = parser.parse_args(arguments)

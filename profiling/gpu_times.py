@@ -223,7 +223,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 row = measure(op, direction, options, clock, copied)
             except Exception as problem:  # the other rows are still to be measured
                 text = str(problem).strip().splitlines()
-                row = {"op": op, "direction": direction, "error": f"{type(problem).__name__}: {text[0] if text else ''}"}
+                row = {
+                    "op": op,
+                    "direction": direction,
+                    "error": f"{type(problem).__name__}: {text[0] if text else ''}",
+                }
             result["rows"].append(row)
             print(line(row), flush=True)
             if options.json:

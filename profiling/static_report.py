@@ -156,7 +156,9 @@ def _compile(job: Job, results: Connection) -> None:
         found = asdict(aot.report(job.launch, job.arch))
     except Exception as problem:  # a row of its own: the other kernels are still to be compiled
         text = str(problem).strip().splitlines()
-        found = {"error": f"{type(problem).__name__}: {text[-1] if text else ''}"}  # the last line says what, the first where
+        found = {
+            "error": f"{type(problem).__name__}: {text[-1] if text else ''}"
+        }  # the last line says what, the first where
     results.send(found | {"seconds": round(time.monotonic() - begin, 1)})
 
 
@@ -205,7 +207,9 @@ NARROW: dict[str, str] = {
     "route_backward_gradients": "scale (T, R), as above",
 }
 # Kernels all of whose loads may be under 128 bits: why.
-SHORT: dict[str, str] = {}
+SHORT: dict[str, str] = {
+    "competency_aggregate_confidences": "confidences (B, M), some hundred numbers in all",
+}
 
 
 def multiplies(function: JITFunction) -> bool:
@@ -279,8 +283,6 @@ def _cell(row: dict, column: str) -> str:
         return " ".join(
             f"{k.lower()}={v}" for k, v in row["config"].items() if k.startswith(("BLOCK", "num_")) or k == "GROUP"
         )
-    if column == "kernel":
-        return row["kernel"].replace("__", "_")
     return str(row[column])
 
 

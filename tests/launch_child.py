@@ -3,6 +3,7 @@ distinct specialisations of its launches at many batches and numbers of tokens, 
 
 import json
 from collections import defaultdict
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -30,36 +31,35 @@ def swapped(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.transpose(0, 1).shape).transpose(0, 1) if tensor.dim() > 2 else tensor
 
 
-def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> list[cases.Call]:
+def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, list[cases.Call]]:
     sizes = SMALL | {"B": batch, "N": tokens} | ({"C": 64} if op == "adapter" else {})
-    found = cases.calls(op, sizes, dtype)
+    found = {"contiguous": cases.calls(op, sizes, dtype), "views": []}
     for change in (view, swapped):
-        given = {
-            name: [change(t) for t in value]
-            if isinstance(value, list)
-            else change(value)
-            if torch.is_tensor(value)
-            else value
-            for name, value in cases.arguments(op, sizes, dtype).items()
-        }
+
+        def changed(value: object, change: Callable[[Tensor], Tensor] = change) -> object:
+            if isinstance(value, list):
+                return [change(member) for member in value]
+            return change(value) if isinstance(value, Tensor) else value
+
+        given = {name: changed(value) for name, value in cases.arguments(op, sizes, dtype).items()}
         forward = cases.Call(op, tuple(given.values()))
-        found += [forward, cases.Call(f"{op}_backward", cases.backward_arguments(op, given, forward()))]
+        found["views"] += [forward, cases.Call(f"{op}_backward", cases.backward_arguments(op, given, forward()))]
     return found
 
 
 def main() -> None:
-    keys: dict[str, dict[str, None]] = defaultdict(dict)
+    keys: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for dtype in (torch.float32, torch.bfloat16):
         for op in OPS:
             for batch, tokens in BATCHES:
-                for call in calls(op, dtype, batch, tokens):
-                    for launch in launches_of(call):
-                        keep = (
-                            "keep" if any(a is True for a in call.arguments) else ""
-                        )  # a forward that keeps something is another kernel
-                        name = f"{call.name} {aot.name_of(launch)} {dtype} {keep}".strip()
-                        keys[name][repr(aot.specialization(launch, ARCH))] = None
-    print(json.dumps({name: list(found) for name, found in keys.items()}))
+                for layout, several in calls(op, dtype, batch, tokens).items():
+                    for call in several:
+                        # A forward that keeps something for the backward is another kernel.
+                        name = f"{call.name} {dtype}" + " keep" * any(value is True for value in call.arguments)
+                        for place, launch in enumerate(launches_of(call)):
+                            key = repr(aot.specialization(launch, ARCH))
+                            keys[f"{name}: {place} {aot.name_of(launch)}"][layout][key] = None
+    print(json.dumps({name: {layout: list(found) for layout, found in each.items()} for name, each in keys.items()}))
 
 
 main()

@@ -34,7 +34,9 @@ def test_the_search_walks_to_the_fastest():
     goal = Config(rows=64, width=128, num_warps=8)
 
     def measure(candidate: Config) -> float:
-        return 1 + sum(getattr(candidate, name) != value for name, value in vars(goal).items()) + abs(candidate.rows - 64)
+        return (
+            1 + sum(getattr(candidate, name) != value for name, value in vars(goal).items()) + abs(candidate.rows - 64)
+        )
 
     assert autotune.search(START, measure) == (goal, 1)
 
@@ -83,7 +85,15 @@ def test_a_kernel_is_tuned_and_wrong_results_are_left_out(tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path):
-    command = [sys.executable, "-m", "tiger_fast.kernels.autotune", "--op", "route", "--out", str(tmp_path / "tuned.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "tiger_fast.kernels.autotune",
+        "--op",
+        "route",
+        "--out",
+        str(tmp_path / "tuned.json"),
+    ]
     command += ["--shape", "B=32,N=1024,D=768,M=4,T=5,R=32", "--dtype", "bfloat16"]
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
