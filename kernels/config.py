@@ -205,7 +205,7 @@ def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, 
     # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
     # limits, where those of four warps spill a few registers.
     widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
-    return Config(16, even_width(D, widest), warps, 2 if columns == 64 else 1, group=group, columns=columns)
+    return Config(16, even_width(D, widest), warps, 2, group=group, columns=columns)
 
 
 @heuristic

@@ -52,7 +52,7 @@ def counted():
     within: dict[tuple, list[np.ndarray]] = defaultdict(list)
 
     def note(self: object, verb: str, pointers: object, mask: object) -> None:
-        addresses = pointers.data[mask.data]
+        addresses = np.ravel(pointers.data)[np.ravel(np.broadcast_to(mask.data, pointers.data.shape))]
         traffic.all[verb].append(addresses)
         within[verb, tuple(self.grid_idx)].append(addresses)
 
@@ -136,4 +136,50 @@ def test_group_attention_reads_and_writes_everything_once():
         assert forward.units("load", q, k, v, first=False) == 1
         assert forward.units("store", out, first=False) == 1
         assert backward.units("load", q, k, v, grad) == 1
+        assert backward.units("store", *gradients, first=False) == 1
+
+
+def test_counterfactual_losses_read_each_expert_once_and_write_nothing_of_their_size():
+    features, weights = experts(), torch.rand(B, N, M)
+    head_weight, target = torch.randn(C, D), torch.randint(C, (B, N))
+    arguments = {
+        "experts": features,
+        "weights": weights,
+        "head_weight": head_weight,
+        "head_bias": None,
+        "target": target,
+    }
+    wanted = [*features, weights, head_weight]
+    outputs, gradients, _, forward, backward = run(
+        "counterfactual_losses", arguments | {"loss": "cross_entropy"}, wanted
+    )
+    assert forward.units("load", *features, first=False) == 1
+    assert forward.units("store", *outputs, first=False) == 1
+    written = sum(addresses.size for addresses in forward.all["store"])
+    assert written == sum(o.numel() for o in outputs) + B * N * M * C  # and the projections, for the backward
+    assert backward.units("load", *features) == 1
+    assert backward.units("store", *gradients[:M], first=False) == 1
+
+
+def test_competency_aggregate_reads_each_expert_once():
+    features, confidence, refined = experts(), torch.rand(B, M), torch.rand(B, M)
+    arguments = {"experts": features, "confidence": confidence, "refined_confidence": refined}
+    arguments |= {"norm_weight": torch.randn(D), "norm_bias": torch.randn(D)}
+    wanted = [*features, confidence, refined, arguments["norm_weight"], arguments["norm_bias"]]
+    outputs, gradients, (grad, _), forward, backward = run("competency_aggregate", arguments, wanted)
+    assert forward.units("load", *features, first=False) == 1
+    assert forward.units("store", outputs[0], first=False) == 1
+    assert backward.units("load", *features, first=False) == 1
+    assert backward.units("load", grad, first=False) == 1
+    assert backward.units("store", *gradients[:M], first=False) == 1
+
+
+def test_alignment_loss_reads_each_row_once():
+    delta, weights = torch.randn(B, T, N, M), torch.rand(B, T, N, M).softmax(-1)
+    for detach in (True, False):
+        arguments = {"delta": delta, "weights": weights, "detach_target": detach}
+        wanted = [weights] if detach else [delta, weights]
+        _, gradients, _, forward, backward = run("alignment_loss", arguments, wanted)
+        assert forward.units("load", delta, weights, first=False) == 1
+        assert backward.units("load", delta, weights, first=False) == (0 if detach else 1)
         assert backward.units("store", *gradients, first=False) == 1
