@@ -18,7 +18,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-table test resume-check lint clean native built abi-check asan ubsan fuzz
+.PHONY: help demo demo-table test resume-check lint clean native built abi-check asan ubsan fuzz static
 
 # What the sanitizers and the check against other torch versions run.
 NATIVE_TESTS ?= tests/test_conformance.py tests/test_functional.py \
@@ -71,6 +71,10 @@ endef
 
 fuzz: built  ## ten thousand random calls against the reference in float64
 	$(PY) -m pytest tests/test_native_fuzz.py --fuzz-cases 10000 $(PYTEST_ARGS)
+
+static: $(STAMP)  ## compile every kernel for four architectures and write profiling/static/ (an hour on 2 cores; needs no GPU)
+	env -u TRITON_INTERPRET $(PY) -m profiling.static_report --cases all --arch sm_80 sm_90 sm_100 gfx942 \
+	    --tables profiling/static
 
 lint: $(STAMP)  ## set up, check style and formatting
 	$(PY) -m ruff check .
