@@ -81,7 +81,7 @@ if [ -n "$dry" ]; then
 fi
 pids=()
 for ((i = 0; i < shards; i++)); do
-    OMP_NUM_THREADS=2 limit 210 "${pytest[@]}" -k "$chosen" --shard "$i/$shards" >"$scratch/tests.$i" 2>&1 &
+    OMP_NUM_THREADS=2 limit 180 "${pytest[@]}" -k "$chosen" --shard "$i/$shards" >"$scratch/tests.$i" 2>&1 &
     pids+=($!)
 done
 status=0
@@ -91,7 +91,7 @@ for pid in "${pids[@]}"; do
     [ "$one" -ne 0 ] && [ "$one" -ne 5 ] && [ "$status" -ne 1 ] && status=$one
 done
 note tests "$status"
-limit 90 "${pytest[@]}" -k "$alone" >"$scratch/tests.$shards" 2>&1
+limit 80 "${pytest[@]}" -k "$alone" >"$scratch/tests.$shards" 2>&1
 note "tests of large tensors, and checkers" $?
 for ((i = 0; i <= shards; i++)); do
     echo "=== part $((i + 1)) of $((shards + 1))"
@@ -102,7 +102,7 @@ keep "$scratch/tests" tests.txt
 # --- times -------------------------------------------------------------------------------------------------------------
 times=(--json "$out/times.json" --seconds 1.5)
 [ -n "$dry" ] && times+=(--dry-run --no-compile)
-limit 160 "$python" -m profiling.gpu_times "${times[@]}" >"$scratch/times" 2>"$scratch/times.err"
+limit 200 "$python" -m profiling.gpu_times "${times[@]}" >"$scratch/times" 2>"$scratch/times.err"
 status=$?
 {
     cat "$scratch/times"

@@ -262,6 +262,11 @@ def test_another_batch_compiles_no_kernel(op):
 # --- CUDA -----------------------------------------------------------------------------------------------------------
 
 
+def close(value: Tensor, expected: Tensor) -> bool:
+    """Equal but for bfloat16's rounding of what another algorithm of the library's products may give."""
+    return relative_error(value, expected) < 2e-2
+
+
 def captured(function: Callable[[], list[Tensor]]) -> tuple[Callable[[], None], list[Tensor]]:
     """A CUDA graph of a function, as a call that replays it, and the tensors that it writes."""
     if DRY_RUN:
@@ -309,7 +314,7 @@ def test_graphs_replay_with_other_inputs(name):
             result.fill_(torch.nan)
         replay()
         synchronize()
-        assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+        assert all(close(a, b) for a, b in zip(results, expected, strict=True))
 
 
 def synchronize() -> None:
@@ -332,8 +337,8 @@ def test_kernels_run_on_the_current_stream(name):
             value.copy_(tensors(arguments)[key])
         outputs, found = run(name, late, given, "triton")
     side.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    assert all(value is None or torch.equal(value, expected_found[key]) for key, value in found.items())
+    assert all(close(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert all(value is None or close(value, expected_found[key]) for key, value in found.items())
 
 
 @on_cuda
@@ -346,7 +351,7 @@ def test_kernels_run_on_their_tensors_device(name):
     there = transform(lambda t: t.to("cuda:1"), arguments)
     outputs, found = run(name, there, [c.to("cuda:1") for c in given], "triton")
     assert torch.cuda.current_device() == 0
-    assert all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(outputs, expected, strict=True))
+    assert all(close(a.cpu(), b.cpu()) for a, b in zip(outputs, expected, strict=True))
     assert all(value is None or value.device.index == 1 for value in found.values())
 
 
@@ -393,10 +398,9 @@ def test_samples_may_lie_further_apart_than_int32(name, released):
 
     expected, expected_found = run(name, arguments, given, "triton")
     outputs, found = run(name, transform(far, arguments), [far(c) for c in given], "triton")
-    assert memory or name.startswith("improvement")
-    assert all(torch.equal(a, b) for a, b in zip(outputs, expected, strict=True))
-    for key, value in found.items():
-        assert value is None or relative_error(value, expected_found[key]) < 1e-2, key
+    assert memory
+    assert all(close(a, b) for a, b in zip(outputs, expected, strict=True))
+    assert all(value is None or close(value, expected_found[key]) for key, value in found.items())
 
 
 # So that the largest tensor of each has more than 2^31 elements, and all of them fit into 80 GB.

@@ -1,0 +1,62 @@
+"""The programs that need a GPU: that they say so where there is none, and that their dry runs run."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).resolve().parents[1]
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def run(*command: object, **env: str) -> subprocess.CompletedProcess:
+    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    variables |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | env
+    return subprocess.run([str(c) for c in command], cwd=ROOT, env=variables, capture_output=True, text=True)
+
+
+@no_gpu
+@pytest.mark.parametrize("module", ["profiling.gpu_times", "profiling.one_pass"])
+def test_without_a_gpu_a_program_says_so_and_ends_with_2(module):
+    done = run(sys.executable, "-m", module)
+    assert done.returncode == 2 and "there is no GPU here" in done.stderr
+
+
+@no_gpu
+def test_without_a_gpu_the_check_says_so_and_ends_with_2(tmp_path):
+    done = run("bash", "profiling/gpu_check.sh", tmp_path / "out")
+    assert done.returncode == 2 and "there is no GPU here" in done.stderr
+    assert "there is no GPU here" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_the_check_is_a_script_that_bash_reads():
+    assert run("bash", "-n", "profiling/gpu_check.sh").returncode == 0
+    assert run("bash", "profiling/gpu_check.sh").returncode == 64
+
+
+def test_times_in_a_dry_run_have_a_row_for_each_direction(tmp_path):
+    options = ("--dry-run", "--no-compile", "--seconds", "0.1", "--op", "route", "group_attention")
+    done = run(sys.executable, "-m", "profiling.gpu_times", *options, "--json", tmp_path / "times.json")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = json.loads((tmp_path / "times.json").read_text())["rows"]
+    assert [(row["op"], row["direction"]) for row in rows] == [
+        (op, direction) for op in ("route", "group_attention") for direction in ("forward", "forward+backward")
+    ]
+    assert all(row["ratios"]["eager"] > 0 and row["share_of_copy"] > 0 and not row["refused"] for row in rows)
+    assert "algebra" in rows[0]["ratios"] and "sdpa" in rows[2]["ratios"]
+
+
+def test_one_pass_in_a_dry_run_lists_forward_and_backward():
+    options = ("--dry-run", "--op", "leave_one_out", "--dtype", "float32", "--table")
+    done = run(sys.executable, "-m", "profiling.one_pass", *options, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert [line.split(":")[0] for line in done.stdout.splitlines() if not line.startswith(" ")] == [
+        "leave_one_out",
+        "leave_one_out_backward",
+    ]
