@@ -79,24 +79,44 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.operations + other.operations, (*self.products, *other.products))
 
 
+# Probabilities and sums, which are float32 beside any activation type.
+IN_FLOAT32 = ("weights", "delta", "confidence", "refined_confidence", "task_loss", "refined_task_loss")
+
+
 class Case:
-    """One call of one function: arguments in float32, cotangents for its outputs, cost.
+    """One call of one function: arguments, cotangents for its outputs, cost (which is that of float32).
 
     Args:
         op: a name among `OPS`.
         sizes: None: those of STATED_SIZES.
+        dtype: of activations and parameters; IN_FLOAT32 stays.
+        device: where they are.
         keywords: keyword arguments that are not tensors (the loss's name, renormalize).
     """
 
-    def __init__(self, op: str, sizes: Sizes | None = None, **keywords: Any) -> None:
-        self.op, self.sizes = op, sizes or STATED_SIZES.get(op, Sizes())
+    def __init__(
+        self,
+        op: str,
+        sizes: Sizes | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str = "cpu",
+        **keywords: Any,
+    ) -> None:
+        self.op, self.sizes, self.device = op, sizes or STATED_SIZES.get(op, Sizes()), device
         self.keywords = {**_keywords(op, self.sizes), **keywords}
-        draw = torch.Generator().manual_seed(0)
+        draw = torch.Generator(device).manual_seed(0)
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw)
+            return torch.randn(shape, generator=draw, device=device)
 
-        self.arguments: dict[str, Any] = _BUILDERS[op](self.sizes, normal, self.keywords)
+        def placed(name: str, value: Any) -> Any:
+            if isinstance(value, list):
+                return [placed(name, member) for member in value]
+            held = name in IN_FLOAT32 or not value.is_floating_point()
+            return value.to(device) if held else value.to(device, dtype)
+
+        built = _BUILDERS[op](self.sizes, normal, self.keywords)
+        self.arguments: dict[str, Any] = {name: placed(name, value) for name, value in built.items()}
         self._leaves: dict[str, Any] | None = None
         self._cotangents: list[Tensor] | None = None
 
@@ -138,8 +158,8 @@ class Case:
 
     def _cotangents_for(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         if self._cotangents is None:
-            draw = torch.Generator().manual_seed(1)
-            self._cotangents = [torch.randn(t.shape, generator=draw) for t in outputs]
+            draw = torch.Generator(self.device).manual_seed(1)
+            self._cotangents = [torch.randn(t.shape, generator=draw, device=self.device).to(t.dtype) for t in outputs]
         return self._cotangents
 
     def tensor_bytes(self, direction: str) -> tuple[int, int]:

@@ -53,9 +53,33 @@ class _Driver:
         return 0
 
 
-def compiled(launch: Launch, arch: str) -> object:
-    """Triton's compiled kernel of a launch. Triton believes in this device from here on: use a process of its own."""
+def assume(arch: str) -> None:
+    """Makes Triton believe in a device of this architecture, from here on: use a process of its own."""
     driver.set_active(_Driver(arch))
+
+
+def name_of(launch: Launch) -> str:
+    """The kernel's module and name."""
+    function = launch.kernel.fn
+    return f"{function.__module__.rpartition('.')[2]}_{function.__name__.lstrip('_')}"
+
+
+def specialization(launch: Launch, arch: str) -> tuple[list[tuple], dict]:
+    """What Triton compiles a kernel for, as its own binder says: (type, specialised value) of each argument, options."""
+    assume(arch)
+    binder = launch.kernel.device_caches[driver.active.get_current_device()][-1]
+    _, found, options = binder(*launch.arguments, debug=False, **launch.constants)
+    return found, options
+
+
+def key_of(launch: Launch, arch: str) -> tuple:
+    """Equal for launches that run the same compiled kernel."""
+    return name_of(launch), arch, repr(specialization(launch, arch))
+
+
+def compiled(launch: Launch, arch: str) -> object:
+    """Triton's compiled kernel of a launch. As `assume`, for a process of its own."""
+    assume(arch)
     return launch.kernel.warmup(*launch.arguments, grid=(launch.programs,), **launch.constants)
 
 
@@ -134,7 +158,7 @@ def report(launch: Launch, arch: str) -> Report:
     registers = -(-max(found["registers"], 1) // 8) * 8 * threads
     by_shared = limits.shared // (kernel.metadata.shared + 1024)
     return Report(
-        kernel=launch.kernel.fn.__module__.rpartition(".")[2] + launch.kernel.fn.__name__,
+        kernel=name_of(launch),
         arch=arch,
         config={key: value for key, value in launch.constants.items()},
         shared_bytes=kernel.metadata.shared,

@@ -6,7 +6,8 @@ memory (`profiling/static_report.py`), so that nothing spills at the limits and 
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -114,9 +115,29 @@ def _choose(kernel: str, arch: Architecture, itemsize: int, facts: tuple[tuple[s
     return tuned if tuned is not None else _HEURISTICS[kernel](arch, itemsize, **dict(facts))
 
 
+_trial: tuple[dict[str, Config], dict[str, Config]] | None = None
+
+
 def choose(kernel: str, device: torch.device, dtype: torch.dtype, **facts: int) -> Config:
     """The configuration of a kernel for an activation type and the sizes that it is compiled for (never B or N)."""
-    return _choose(kernel, architecture(device), dtype.itemsize, tuple(facts.items()))
+    arch, found = architecture(device), tuple(facts.items())
+    if _trial is None:
+        return _choose(kernel, arch, dtype.itemsize, found)
+    given, made = _trial
+    key = _key(kernel, arch.name, dtype.itemsize, found)
+    made[key] = given.get(key) or _choose(kernel, arch, dtype.itemsize, found)
+    return made[key]
+
+
+@contextmanager
+def trying(given: dict[str, Config]) -> Iterator[dict[str, Config]]:
+    """Within the context these, by their keys, go before everything else. Yields all choices made, by theirs."""
+    global _trial
+    previous, _trial = _trial, (given, {})
+    try:
+        yield _trial[1]
+    finally:
+        _trial = previous
 
 
 # --- tuned configurations -------------------------------------------------------------------------------------------
@@ -134,8 +155,13 @@ def _tuned() -> dict[str, Config]:
         files.append(Path(named))
     found: dict[str, Config] = {}
     for file in files:
-        found |= {key: Config(**value) for key, value in json.loads(file.read_text())["configs"].items()}
+        found |= load(file)
     return found
+
+
+def load(path: Path) -> dict[str, Config]:
+    """The configurations of a file that `save` has written."""
+    return {key: Config(**value) for key, value in json.loads(path.read_text())["configs"].items()}
 
 
 def save(path: Path, configs: dict[str, Config], measured_on: dict[str, str]) -> None:

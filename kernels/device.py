@@ -169,6 +169,7 @@ def dot_like(a, b, total, PRECISION: tl.constexpr):
     return tl.dot(a.to(tl.float32), b.to(tl.float32), total, input_precision=PRECISION)
 
 
+@triton.jit
 def counted_tokens(
     target_ptr,
     target_strides,

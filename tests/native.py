@@ -54,7 +54,7 @@ def random_cotangents(name: str, arguments: dict, seed: int = 1, backend: str = 
     generator = torch.Generator().manual_seed(seed)
     rows = max(t.numel() // max(1, t.shape[-1]) for t in tensors(arguments).values() if t.dim())
     return [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o.dtype) if o.dim() else o.new_tensor(rows)
+        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) if o.dim() else o.new_tensor(rows)
         for o in outputs
     ]
 
@@ -79,7 +79,7 @@ def shaken(arguments: dict, seed: int, rounded_in: torch.dtype) -> dict:
         if not value.is_floating_point():
             return value
         noise = torch.rand(value.shape, generator=generator, dtype=torch.float64) * 2 - 1
-        return value.double() * (1 + SPACING[rounded_in] * noise)
+        return value.double() * (1 + SPACING[rounded_in] * noise.to(value.device))
 
     return transform(one, arguments)
 

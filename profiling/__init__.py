@@ -1,0 +1,1 @@
+"""What shows where time and registers go; run from the repository's root."""

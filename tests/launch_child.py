@@ -1,0 +1,65 @@
+"""Run by test_triton_launch.py in a process without the interpreter: prints, as JSON, for every operator and kernel the
+distinct specialisations of its launches at many batches and numbers of tokens, from contiguous inputs and from views."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from profiling.static_report import OPS, launches_of
+from tiger_fast.kernels import aot, cases
+
+SMALL = {"D": 64, "M": 4, "T": 5, "R": 32, "C": 40, "G": 4, "heads": 4}
+# Within strides of 2^30 elements: from there on they are int64 where they were int32, and the kernel is another one.
+BATCHES = [(1, 1), (1, 2), (2, 1), (2, 7), (7, 2), (1, 16), (16, 17), (3, 1000), (32, 1024), (1, 65536), (4096, 64)]
+ARCH = "sm_90"
+
+
+def view(tensor: Tensor) -> Tensor:
+    """The same shape within a larger tensor, its rows as aligned as before."""
+    if tensor.dim() == 0:
+        return tensor
+    *lead, last = tensor.shape
+    outer = tensor.new_empty((*(size + 1 for size in lead), last + 64 + -last % 16))
+    return outer[(slice(1, None),) * len(lead)][..., :last]
+
+
+def swapped(tensor: Tensor) -> Tensor:
+    """The same shape with its first two dimensions the other way round in memory."""
+    return tensor.new_empty(tensor.transpose(0, 1).shape).transpose(0, 1) if tensor.dim() > 2 else tensor
+
+
+def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, list[cases.Call]]:
+    sizes = SMALL | {"B": batch, "N": tokens} | ({"C": 64} if op == "adapter" else {})
+    found = {"contiguous": cases.calls(op, sizes, dtype), "views": []}
+    for change in (view, swapped):
+
+        def changed(value: object, change: Callable[[Tensor], Tensor] = change) -> object:
+            if isinstance(value, list):
+                return [change(member) for member in value]
+            return change(value) if isinstance(value, Tensor) else value
+
+        given = {name: changed(value) for name, value in cases.arguments(op, sizes, dtype).items()}
+        forward = cases.Call(op, tuple(given.values()))
+        found["views"] += [forward, cases.Call(f"{op}_backward", cases.backward_arguments(op, given, forward()))]
+    return found
+
+
+def main() -> None:
+    keys: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
+    for dtype in (torch.float32, torch.bfloat16):
+        for op in OPS:
+            for batch, tokens in BATCHES:
+                for layout, several in calls(op, dtype, batch, tokens).items():
+                    for call in several:
+                        # A forward that keeps something for the backward is another kernel.
+                        name = f"{call.name} {dtype}" + " keep" * any(value is True for value in call.arguments)
+                        for place, launch in enumerate(launches_of(call)):
+                            key = repr(aot.specialization(launch, ARCH))
+                            keys[f"{name}: {place} {aot.name_of(launch)}"][layout][key] = None
+    print(json.dumps({name: {layout: list(found) for layout, found in each.items()} for name, each in keys.items()}))
+
+
+main()

@@ -1,0 +1,138 @@
+"""What a launch is specialised on, without compiling: another B, N or layout is no other kernel; and the choice of
+configurations."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from profiling.static_report import OPS, launches_of
+from tiger_fast.kernels import cases, config
+
+ROOT = Path(__file__).resolve().parents[1]
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.fixture(scope="module")
+def specializations() -> dict[str, dict[str, list[str]]]:
+    """By operator, type and kernel, and by layout: see launch_child.py."""
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, str(ROOT / "tests" / "launch_child.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout)
+
+
+# Kernels over rows of any leading dimensions, which take these in as few as the layout allows, from one to three (B, T, N):
+# so many kernels, one for every layout.
+ROWS = ("adapter", "alignment", "norm")
+
+
+def several(specializations: dict, layouts: tuple[str, ...], allowed: Callable[[str], int]) -> str:
+    """What has more specialisations than are allowed, with two of each."""
+    lines = []
+    for name, found in specializations.items():
+        keys = list(dict.fromkeys(key for layout in layouts for key in found.get(layout, ())))
+        if len(keys) > allowed(name):
+            lines += [f"{name}: {len(keys)}", *keys[:2]]
+    return "\n".join(lines)
+
+
+def test_another_batch_or_number_of_tokens_compiles_nothing(specializations):
+    assert {name.split()[0] for name in specializations} == {name for op in OPS for name in (op, f"{op}_backward")}
+    found = several(specializations, ("contiguous",), lambda name: 1)
+    assert not found, found
+
+
+def test_views_with_aligned_rows_run_the_same_kernels(specializations):
+    def allowed(name: str) -> int:
+        return 3 if name.split()[-1].startswith(ROWS) else 1
+
+    found = several(specializations, ("contiguous", "views"), allowed)
+    assert not found, found
+
+
+def test_no_float_argument_is_a_float64(specializations):
+    keys = [key for found in specializations.values() for keys in found.values() for key in keys]
+    assert not [key for key in keys if "fp64" in key.replace("*fp64", "")]
+    assert any("'fp32'" in key for key in keys), "and some are float32"
+
+
+# --- configurations -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def fresh(monkeypatch):
+    """No choice from before, and none left behind."""
+    monkeypatch.delenv("TIGER_FAST_TUNED", raising=False)
+    config.reload()
+    yield
+    config.assume(None)
+    config.reload()
+
+
+def choose() -> config.Config:
+    return config.choose("leave_one_out", torch.device("meta"), torch.bfloat16, D=768, M=4)
+
+
+def test_a_tuned_file_goes_before_the_heuristic(tmp_path, monkeypatch):
+    tuned = config.Config(rows=1, width=16, num_warps=1, num_stages=5)
+    config.save(tmp_path / "tuned.json", {"leave_one_out sm_90 2 bytes D=768 M=4": tuned}, {"device": "made up"})
+    heuristic = choose()
+    monkeypatch.setenv("TIGER_FAST_TUNED", str(tmp_path / "tuned.json"))
+    config.reload()
+    assert choose() == tuned != heuristic
+    config.assume("sm_80")
+    assert choose() != tuned, "it is of another architecture"
+    config.assume(None)
+    assert config.choose("leave_one_out", CUDA, torch.float32, D=768, M=4) if torch.cuda.is_available() else True
+    assert config.choose("leave_one_out", torch.device("meta"), torch.float32, D=768, M=4) != tuned, "of another type"
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [
+        ((7, 5), "sm_80"),
+        ((8, 0), "sm_80"),
+        ((8, 9), "sm_80"),
+        ((9, 0), "sm_90"),
+        ((10, 0), "sm_100"),
+        ((12, 0), "sm_100"),
+    ],
+    ids=str,
+)
+def test_an_unknown_architecture_is_taken_for_the_newest_older_one(capability, expected, monkeypatch):
+    major, minor = capability
+    properties = SimpleNamespace(major=major, minor=minor, multi_processor_count=1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    config._architecture_of.cache_clear()
+    assert config.architecture(CUDA).name == expected
+    config._architecture_of.cache_clear()
+
+
+def test_a_device_of_rocm_is_the_one_that_is_known(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    config._architecture_of.cache_clear()
+    assert config.architecture(CUDA).name == "gfx942"
+    config._architecture_of.cache_clear()
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_no_choice_depends_on_the_batch_or_on_tokens(op):
+    chosen = defaultdict(set)
+    for batch, tokens in ((1, 1), (1, 7), (3, 16), (32, 1024), (1, 65536)):
+        for call in cases.calls(op, {"B": batch, "N": tokens}, torch.bfloat16):
+            with config.trying({}) as made:
+                launches_of(call)
+            chosen[call.name].add(frozenset(made.items()))
+    assert all(len(found) == 1 for found in chosen.values())
