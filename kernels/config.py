@@ -201,25 +201,28 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
 
 
-def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, wide: bool) -> Config:
+def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int, wide: bool) -> Config:
     # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
     # limits, where those of four warps spill a few registers.
     widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
-    return Config(16, even_width(D, widest), warps, 2, group=group, columns=columns)
+    return Config(16, max(16, min(widest, power(D))), warps, stages, group=group, columns=columns)
 
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if M > 8 and T > 16:
-        return _route(arch, itemsize, D, 2, 32, wide=True)
-    return _route(arch, itemsize, D, min(M, 4), 64, wide=False)
+        return _route(arch, itemsize, D, 2, 32, 2, wide=True)
+    # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
+    # mixtures. Not in float32, whose products by IEEE arithmetic spill.
+    one_pass = itemsize == 2 and M <= 4 and D <= 16 * (M + T)
+    return replace(_route(arch, itemsize, D, min(M, 4), 64, 2, wide=False), one_pass=one_pass)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
-        return _route(arch, itemsize, D, min(M, 2), 32, wide=True)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, wide=False)
+        return _route(arch, itemsize, D, 1 if M > 8 and itemsize == 4 else min(M, 2), 32, 1, wide=True)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, 1, wide=False)
 
 
 @heuristic

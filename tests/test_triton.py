@@ -1,6 +1,8 @@
 """The Triton kernels in Triton's interpreter: that they run where they are listed, agree with the reference in every layout and
 size, write all that they return, move no more memory than they must, and treat autograd as the contract says."""
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("triton")
@@ -16,6 +18,8 @@ from tiger_fast.ops import triton as backend
 
 if not backend.INTERPRETED:
     pytest.skip("these run in Triton's interpreter, which TRITON_INTERPRET=1 turns on", allow_module_level=True)
+
+from tiger_fast.kernels import config
 
 FUNCTIONS = tuple(backend.NATIVE)
 NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
@@ -67,6 +71,27 @@ def test_values_and_gradients_agree(name):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_low_precision_agrees(name, dtype):
     check(name, small(name, dtype, torch.float32), shake=0, backend="triton")
+
+
+@pytest.mark.parametrize("one_pass", [False, True], ids=["product, then fused", "one pass"])
+@pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, {"D": 40, "N": 18}), (torch.bfloat16, {"D": 24, "M": 6})])
+def test_both_designs_of_route_agree(one_pass, dtype, sizes, monkeypatch):
+    def chosen(*arguments, **facts):
+        return replace(choice(*arguments, **facts), one_pass=one_pass, group=8)
+
+    choice = config._HEURISTICS["route"]
+    monkeypatch.setitem(config._HEURISTICS, "route", chosen)
+    config.reload()
+    try:
+        arguments = small("route", dtype, torch.float32, **sizes)
+        check("route", arguments, shake=0, backend="triton")
+        products, addmm = [], torch.addmm
+        monkeypatch.setattr(torch, "addmm", lambda *a, **k: products.append(1) or addmm(*a, **k))
+        call("route", arguments, backend="triton")
+        assert len(products) == (0 if one_pass else 2)
+    finally:
+        monkeypatch.undo()
+        config.reload()
 
 
 SIZES = [
