@@ -227,7 +227,8 @@ def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W:
 
 @heuristic
 def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
-    return Config(rows=32, width=even_width(D, 64), num_warps=128 // arch.warp, num_stages=3)
+    # A stage holds four experts' tiles and their Y.
+    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=3 if itemsize == 2 and arch.warp == 32 else 1)
 
 
 def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:
