@@ -163,7 +163,7 @@ def _compile(job: Job, results: Connection) -> None:
 
 
 def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Callable[[str], None]) -> list[dict]:
-    """A row for each job. One that takes longer than `limit` seconds has an error for its numbers."""
+    """A row for each job, with its `problems`. One that takes longer than `limit` seconds has an error for its numbers."""
     fork = multiprocessing.get_context(
         "fork"
     )  # a child that had to import torch again would take longer than a compile
@@ -192,8 +192,9 @@ def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Cal
             del running[results]
             rows[index] = work[index].head() | {"aligned": work[index].case.aligned} | found
             row = rows[index]
+            row["problems"] = problems(row, multiplies(work[index].launch.kernel))
             name = " ".join(row[part] for part in ("kernel", "arch", "dtype", "case"))
-            result = row["error"] if "error" in row else f"{row['seconds']} s"
+            result = "; ".join([*([f"{row['seconds']} s"] if "seconds" in row else []), *row["problems"]])
             progress(f"{len(rows)}/{len(work)} {name}: {result}")
     return [rows[index] for index in range(len(work))]
 
@@ -319,12 +320,9 @@ def line_of(row: dict) -> str:
 
 
 def run(archs: Sequence[str], chosen: Sequence[Case], ops: Sequence[str], limit: float, processes: int) -> list[dict]:
-    """All rows, each with its `problems`."""
+    """All rows; a line to standard error for each as it comes."""
     work = [job for arch in archs for job in jobs(arch, chosen, ops)]
-    rows = compile_all(work, limit, processes, lambda line: print(line, file=sys.stderr, flush=True))
-    for job, row in zip(work, rows, strict=True):
-        row["problems"] = problems(row, multiplies(job.launch.kernel))
-    return rows
+    return compile_all(work, limit, processes, lambda line: print(line, file=sys.stderr, flush=True))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
