@@ -227,8 +227,9 @@ def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W:
 
 @heuristic
 def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
-    # A stage holds four experts' tiles and their Y.
-    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=3 if itemsize == 2 and arch.warp == 32 else 1)
+    # A stage holds the tiles of a group of experts and their Y.
+    stages, group = (3 if arch.warp == 32 else 1, 4) if itemsize == 2 else (1, 2)
+    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=stages, group=min(M, group))
 
 
 def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:

@@ -437,6 +437,7 @@ def _factor_gradients(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     # A tile of d[V | c] summed over a part of a sample's tokens: parts (B, splits, D, W).
     M: tl.constexpr = len(expert_ptrs)
@@ -450,16 +451,17 @@ def _factor_gradients(
     share = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
     start = (part % splits) * share
     total = tl.zeros((BLOCK_D, BLOCK_W), tl.float32)
-    for first in range(start, tl.minimum(start + share, tokens), BLOCK_N):
-        token = first + tl.arange(0, BLOCK_N)
-        exists = token < tokens
-        inside = exists[:, None] & (column < D)[None, :]
-        for m in tl.static_range(M):
-            offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-            expert = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0)
-            y_tile = y_ptr + ((sample * tokens + token)[:, None] * M + m) * W + factor_column[None, :]
-            y = tl.load(y_tile, mask=exists[:, None], other=0.0)
-            total = dot_like(tl.trans(expert), y, total, PRECISION)
+    for group in tl.static_range((M + GROUP - 1) // GROUP):
+        for first in range(start, tl.minimum(start + share, tokens), BLOCK_N):
+            token = first + tl.arange(0, BLOCK_N)
+            exists = token < tokens
+            inside = exists[:, None] & (column < D)[None, :]
+            for m in tl.static_range(group * GROUP, min(group * GROUP + GROUP, M)):
+                offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+                expert = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0)
+                y_tile = y_ptr + ((sample * tokens + token)[:, None] * M + m) * W + factor_column[None, :]
+                y = tl.load(y_tile, mask=exists[:, None], other=0.0)
+                total = dot_like(tl.trans(expert), y, total, PRECISION)
     to = (part * D + column)[:, None] * W + factor_column[None, :]
     tl.store(parts_ptr + to, total, mask=(column < D)[:, None])
 
@@ -610,6 +612,7 @@ def _sum_over_tokens(experts: tuple[Tensor, ...], y: Tensor, columns: int, produ
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_W=block_w,
+        GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
     )
