@@ -174,3 +174,13 @@ def test_a_native_library_that_is_named_and_is_none_is_an_import_error_that_name
     }
     done = subprocess.run([sys.executable, "-c", "import tiger_fast"], env=environment, capture_output=True, text=True)
     assert done.returncode and f"ImportError: TIGER_FAST_NATIVE_LIBRARY is {library!r}" in done.stderr
+
+
+@pytest.mark.skipif("triton" in ABSENT, reason="this installation runs no Triton kernels")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here its kernels run on CUDA tensors and not in the interpreter")
+def test_a_backend_is_refused_on_tensors_of_another_device(monkeypatch):
+    monkeypatch.setitem(backends._DEVICES, "triton", ("cuda",))
+    with pytest.raises(ValueError, match="'triton' runs on cuda tensors, got one on cpu"):
+        call("causal_target", make("causal_target", torch.float32), backend="triton")
+    meta = make("causal_target", torch.float32) | {"delta": torch.empty(2, 3, device="meta")}
+    assert call("causal_target", meta, backend="triton")[0].is_meta

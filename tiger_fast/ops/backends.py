@@ -90,7 +90,7 @@ def select(op: str, backend: str | None, *inputs: Tensor) -> Callable:
     native = _NATIVE[chosen].get(op)
     if native is None or chosen == "reference":
         return _NATIVE["reference"][op]
-    if device.type not in _DEVICES[chosen]:
+    if device.type not in (*_DEVICES[chosen], "meta"):  # on meta tensors every op gives shapes
         raise ValueError(f"backend {chosen!r} runs on {' and '.join(_DEVICES[chosen])} tensors, got one on {device}")
     if chosen == "triton" and any(t.dtype == torch.float64 for t in inputs):
         if backend is None and _forced is None and not os.environ.get("TIGER_FAST_BACKEND"):
