@@ -72,7 +72,7 @@ endef
 fuzz: built  ## ten thousand random calls against the reference in float64
 	$(PY) -m pytest tests/test_native_fuzz.py --fuzz-cases 10000 $(PYTEST_ARGS)
 
-static: $(STAMP)  ## compile every kernel for four architectures and write profiling/static/ (an hour on 2 cores; needs no GPU)
+static: $(STAMP)  ## compile every kernel for four architectures and write profiling/static/ (long; needs no GPU)
 	env -u TRITON_INTERPRET $(PY) -m profiling.static_report --cases all --arch sm_80 sm_90 sm_100 gfx942 \
 	    --tables profiling/static
 

@@ -1,7 +1,7 @@
 """Launch configurations: a frozen dataclass, a heuristic for each kernel, and files of tuned ones that go before it.
 
 Nothing here depends on B or N. No threshold has been measured on a GPU yet: they come from counting registers and shared
-memory (`profiling/static_report.py`), so that nothing spills at the limits and every load is 16 bytes wide.
+memory (`profiling/static_report.py`), so that nothing spills at the default shape and loads are 16 bytes wide.
 """
 
 import json
@@ -19,15 +19,14 @@ from tiger_fast.kernels.launch import power
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a heuristic may ask of a device: threads of a warp, registers (32 bits) and shared bytes of a multiprocessor,
-    shared bytes that one program may have, and how many registers a thread may have."""
+    """What a heuristic may ask of a device: threads of a warp, registers (32 bits) and shared bytes of a multiprocessor, and
+    shared bytes that one program may have."""
 
     name: str
     warp: int
     registers: int
     shared: int
     shared_of_program: int
-    registers_of_thread: int = 255
 
 
 ARCHITECTURES = {
@@ -36,7 +35,7 @@ ARCHITECTURES = {
         Architecture("sm_80", 32, 65536, 164 << 10, 163 << 10),
         Architecture("sm_90", 32, 65536, 228 << 10, 227 << 10),
         Architecture("sm_100", 32, 65536, 228 << 10, 227 << 10),
-        Architecture("gfx942", 64, 131072, 64 << 10, 64 << 10, 512),
+        Architecture("gfx942", 64, 131072, 64 << 10, 64 << 10),
     )
 }
 

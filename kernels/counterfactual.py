@@ -17,8 +17,7 @@ Layout: experts (B, N, D), projections (B, M, N, C), target (B, N, C) with any s
   shared by the M experts, and logits and losses are made of the accumulators.
 - By the library otherwise: P in the activation type, for some tokens at a time so that it takes at most _SCRATCH bytes,
   then the kernel for projections, which sweeps over tiles of classes once. A sweep with the products inside would read the
-  experts again for each tile of classes: 16 times for 1000 classes in tiles of 64, and from L2 at best, where such tiles
-  (4 experts x 64 tokens x 64 classes) do some 50 operations for each byte, under half of what the library's do.
+  experts again for each tile of classes: 16 times for 1000 classes in tiles of 64, and from L2 at best.
 
 Bytes, in units of B N D elements, with c = C / D, beside 16-bit experts (kept projections are float32, so twice as wide):
 

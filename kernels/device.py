@@ -149,19 +149,6 @@ def softmax_of(logits):
 
 
 @triton.jit
-def dot_wide(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b for `a` of the activation type and `b` float32, with little of b's precision lost.
-
-    bfloat16: b is the sum of two bfloat16 numbers, to 2^-17. float16: both as tf32, whose exponents hold what float16's
-    do not. float32: by PRECISION."""
-    if a.dtype == tl.bfloat16:
-        high = b.to(tl.bfloat16)
-        total = tl.dot(a, high, total)
-        return tl.dot(a, (b - high.to(tl.float32)).to(tl.bfloat16), total)
-    return tl.dot(a.to(tl.float32), b, total, input_precision=PRECISION)
-
-
-@triton.jit
 def dot_like(a, b, total, PRECISION: tl.constexpr):
     """total + a @ b in the type of both if they share one, else in float32 by PRECISION."""
     if a.dtype == b.dtype and a.dtype != tl.float32:

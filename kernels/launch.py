@@ -113,7 +113,7 @@ def strides(tensor: Tensor) -> tuple[int, ...]:
 
 def joined(sizes: Sequence[int], *tensors: Tensor) -> tuple[tuple[int, ...], ...]:
     """The leading dimensions of rows, in as few dimensions as all of `tensors` allow: their sizes for
-    `device.row_indices`, and each tensor's strides along them for `device.row_offsets`, all in the form of `strides`.
+    `device.row_index`, and each tensor's strides along them for `device.row_offsets`, all in the form of `strides`.
 
     A tensor may have one dimension more than `sizes`, the row itself."""
     found: list[tuple[int, ...]] = []  # (size, stride of each tensor) of each dimension

@@ -115,7 +115,55 @@ def _make_base(
 
 
 @triton.jit
-def _products(
+def load_expert(expert_ptrs, expert_strides, m: tl.constexpr, sample, token, column, inside, ALIGN: tl.constexpr):
+    """A tile of an expert that this program reads again: the cache is asked to keep it."""
+    offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+    return tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
+
+
+@triton.jit
+def _load_factors(factors_ptr, column, factor_column, D: tl.constexpr, W: tl.constexpr):
+    tile = factors_ptr + column[:, None] * W + factor_column[None, :]
+    return tl.load(tile, mask=(column < D)[:, None], other=0.0)
+
+
+@triton.jit
+def products_of(
+    expert_ptrs,
+    expert_strides,
+    factors_ptr,
+    sample,
+    token,
+    exists,
+    factor_column,
+    FIRST: tl.constexpr,
+    SIZE: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+):
+    """Columns of P_k, (BLOCK_N, BLOCK_W), of experts FIRST to FIRST + SIZE, from one sweep over the channels."""
+    products = ()
+    for _ in tl.static_range(SIZE):
+        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
+    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
+        inside = exists[:, None] & (column < D)[None, :]
+        factors = _load_factors(factors_ptr, column, factor_column, D, W)
+        more = ()
+        for i in tl.static_range(SIZE):
+            expert = load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
+            more = more + (dot_like(expert, factors, products[i], PRECISION),)
+        products = more
+    return products
+
+
+@triton.jit
+def _products_and_base(
     query_ptr,
     query_rows,
     expert_ptrs,
@@ -131,7 +179,6 @@ def _products(
     factor_column,
     FIRST: tl.constexpr,
     SIZE: tl.constexpr,
-    WITH_BASE: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
     ONE_PASS: tl.constexpr,
@@ -141,8 +188,7 @@ def _products(
     BLOCK_D: tl.constexpr,
     BLOCK_W: tl.constexpr,
 ):
-    # base . F_k (BLOCK_N), or zeros, and columns of P_k (BLOCK_N, BLOCK_W) of experts FIRST to FIRST + SIZE, from one sweep
-    # over the channels.
+    # base . F_k, (BLOCK_N), and what `products_of` gives, from the same sweep.
     dots, products = (), ()
     for _ in tl.static_range(SIZE):
         dots = dots + (tl.zeros((BLOCK_N,), tl.float32),)
@@ -150,28 +196,22 @@ def _products(
     for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
-        if WITH_BASE:
-            base_tile = base_ptr + row[:, None] * D + column[None, :]
-            if ONE_PASS:
-                base = _make_base(
-                    query_ptr, query_rows, base_weight_ptr, exists, column, D, D, PRECISION, BLOCK_N, BLOCK_D, BLOCK_D
-                )
-                base = (base * factor).to(base_ptr.dtype.element_ty)
-                tl.store(base_tile, base, mask=inside)
-            else:
-                base = tl.load(base_tile, mask=inside, other=0.0)
-        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
-        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
+        base_tile = base_ptr + row[:, None] * D + column[None, :]
+        if ONE_PASS:
+            base = _make_base(
+                query_ptr, query_rows, base_weight_ptr, exists, column, D, D, PRECISION, BLOCK_N, BLOCK_D, BLOCK_D
+            )
+            base = (base * factor).to(base_ptr.dtype.element_ty)
+            tl.store(base_tile, base, mask=inside)
+        else:
+            base = tl.load(base_tile, mask=inside, other=0.0)
+        factors = _load_factors(factors_ptr, column, factor_column, D, W)
         new_dots, new_products = (), ()
         for i in tl.static_range(SIZE):
-            offsets = rows(expert_strides[FIRST + i], sample, token, ALIGN)[:, None] + column[None, :]
-            expert = tl.load(expert_ptrs[FIRST + i] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
-            if WITH_BASE:
-                new_dots = new_dots + (dots[i] + tl.sum(base.to(tl.float32) * expert.to(tl.float32), axis=1),)
+            expert = load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
+            new_dots = new_dots + (dots[i] + tl.sum(base.to(tl.float32) * expert.to(tl.float32), axis=1),)
             new_products = new_products + (dot_like(expert, factors, products[i], PRECISION),)
-        products = new_products
-        if WITH_BASE:
-            dots = new_dots
+        dots, products = new_dots, new_products
     return dots, products
 
 
@@ -247,7 +287,7 @@ def _forward(
     for group in tl.static_range((M + GROUP - 1) // GROUP):
         factor_column = tl.arange(0, BLOCK_W)
         x = load_x(z_ptr, row, exists, factor_column, R)
-        dots, products = _products(
+        dots, products = _products_and_base(
             query_ptr,
             query_rows,
             expert_ptrs,
@@ -263,7 +303,6 @@ def _forward(
             factor_column,
             group * GROUP,
             min(GROUP, M - group * GROUP),
-            True,
             D,
             W,
             ONE_PASS,
@@ -280,26 +319,18 @@ def _forward(
         for block in range(1, W // BLOCK_W):
             factor_column = block * BLOCK_W + tl.arange(0, BLOCK_W)
             x = load_x(z_ptr, row, exists, factor_column, R)
-            _, products = _products(
-                query_ptr,
-                query_rows,
+            products = products_of(
                 expert_ptrs,
                 expert_strides,
-                base_weight_ptr,
                 factors_ptr,
-                base_ptr,
                 sample,
                 token,
                 exists,
-                row,
-                factor,
                 factor_column,
                 group * GROUP,
                 min(GROUP, M - group * GROUP),
-                False,
                 D,
                 W,
-                ONE_PASS,
                 ALIGN,
                 PRECISION,
                 BLOCK_N,

@@ -26,13 +26,7 @@ from torch import Tensor
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import dot_like, rows, rows_of, stride
 from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
-from tiger_fast.kernels.route import load_scale, load_x, make_factors, per_sample
-
-
-@triton.jit
-def _load_expert(expert_ptrs, expert_strides, m: tl.constexpr, sample, token, column, inside, ALIGN: tl.constexpr):
-    offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-    return tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_last")
+from tiger_fast.kernels.route import load_expert, load_scale, load_x, make_factors, per_sample, products_of
 
 
 @triton.jit
@@ -71,7 +65,7 @@ def _through_tokens(
         inside = exists[:, None] & (column < D)[None, :]
         tiles = ()
         for i in tl.static_range(SIZE):
-            tile = _load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
+            tile = load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
             tiles = tiles + (tile,)
         for t in range(tasks):
             grad = _load_grad(grad_ptr, grad_strides, sample, t, token, column, inside, GRAD_ALIGN)
@@ -81,42 +75,6 @@ def _through_tokens(
                 added = added + (dots[i] + tl.where((task == t)[None, :], dot[:, None], 0.0),)
             dots = added
     return dots
-
-
-@triton.jit
-def _products(
-    expert_ptrs,
-    expert_strides,
-    factors_ptr,
-    sample,
-    token,
-    exists,
-    factor_column,
-    FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    ALIGN: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-):
-    # Columns of P_k, (BLOCK_N, BLOCK_W), of experts FIRST to FIRST + SIZE.
-    products = ()
-    for _ in tl.static_range(SIZE):
-        products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
-        column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
-        inside = exists[:, None] & (column < D)[None, :]
-        factors_tile = factors_ptr + column[:, None] * W + factor_column[None, :]
-        factors = tl.load(factors_tile, mask=(column < D)[:, None], other=0.0)
-        more = ()
-        for i in tl.static_range(SIZE):
-            expert = _load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
-            more = more + (dot_like(expert, factors, products[i], PRECISION),)
-        products = more
-    return products
 
 
 @triton.jit
@@ -146,7 +104,7 @@ def _write_grad_base(
         inside = exists[:, None] & (column < D)[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         for m in tl.static_range(M):
-            expert = _load_expert(expert_ptrs, expert_strides, m, sample, token, column, inside, ALIGN)
+            expert = load_expert(expert_ptrs, expert_strides, m, sample, token, column, inside, ALIGN)
             total += sums[m][:, None] * expert.to(tl.float32)
         to = grad_base_ptr + row[:, None] * D + column[None, :]
         tl.store(to, total.to(to.dtype.element_ty), mask=inside)
@@ -335,7 +293,7 @@ def _gradients(
             x = load_x(z_ptr, row, exists, column, R)
             grad_z = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
             for group in tl.static_range(GROUPS):
-                products = _products(
+                products = products_of(
                     expert_ptrs,
                     expert_strides,
                     factors_ptr,

@@ -53,8 +53,6 @@ NATIVE: dict[str, Callable] = {
     "route": route,
 }
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 # Triton reads this when it is imported: kernels are interpreted, in numpy, on CPU tensors.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
