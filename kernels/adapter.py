@@ -31,9 +31,11 @@ from tiger_fast.kernels.norm import (
     of_tile,
     parameter,
     put,
+    put_normalised,
     put_sums,
     scale_of,
     slopes,
+    slopes_of_row,
     zeros_like_row,
 )
 
@@ -77,11 +79,7 @@ def _in_forward(
             column = columns(c, BLOCK_D)
             held = held + (_get(x_ptr, x_base, column, of_tile(exists, column, D)),)
         mean, scale = moments(held, eps, D, BLOCK_D)
-        for c in tl.static_range(CHUNKS):
-            column = columns(c, BLOCK_D)
-            inside = of_tile(exists, column, D)
-            y = (held[c] - mean) * scale * parameter(weight_ptr, column, inside) + parameter(bias_ptr, column, inside)
-            put(out_ptr, out + column[None, :], y, inside)
+        put_normalised(out_ptr, out, held, mean, scale, weight_ptr, bias_ptr, exists, D, BLOCK_D)
     else:
         mean = tl.zeros((BLOCK_N, 1), tl.float32)
         squares = tl.zeros((BLOCK_N, 1), tl.float32)
@@ -141,19 +139,9 @@ def _in_backward(
                 column = columns(c, BLOCK_D)
                 held = held + (_get(x_ptr, x_base, column, of_tile(exists, column, D)),)
             mean, scale = moments(held, eps, D, BLOCK_D)
-            hs, gs, scale_slopes, bias_slopes = (), (), (), ()
-            for c in tl.static_range(CHUNKS):
-                column = columns(c, BLOCK_D)
-                inside = of_tile(exists, column, D)
-                grad = _get(grad_ptr, out, column, inside)
-                h, slope, g = slopes(held[c], mean, scale, grad, weight_ptr, column, inside)
-                level += g
-                along += g * h
-                hs, gs = hs + (h,), gs + (g,)
-                if FOR_SCALE:
-                    scale_slopes = scale_slopes + (slope,)
-                if FOR_BIAS:
-                    bias_slopes = bias_slopes + (grad,)
+            hs, gs, scale_slopes, bias_slopes, level, along = slopes_of_row(
+                held, mean, scale, grad_ptr, out, weight_ptr, exists, FOR_SCALE, FOR_BIAS, D, BLOCK_D
+            )
             scale_sums, bias_sums = added(scale_sums, scale_slopes), added(bias_sums, bias_slopes)
             if FOR_X:
                 mean_g, mean_gh = level_of(level, D), level_of(along, D)
@@ -241,11 +229,7 @@ def _out_forward(
             s, _ = _add_up(linear_ptr, base, gate_ptr, base, linear_bias_ptr, gate_bias_ptr, column, inside)
             held = held + (s,)
         mean, scale = moments(held, eps, D, BLOCK_D)
-        for c in tl.static_range(CHUNKS):
-            column = columns(c, BLOCK_D)
-            inside = of_tile(exists, column, D)
-            y = (held[c] - mean) * scale * parameter(weight_ptr, column, inside) + parameter(bias_ptr, column, inside)
-            put(out_ptr, base + column[None, :], y, inside)
+        put_normalised(out_ptr, base, held, mean, scale, weight_ptr, bias_ptr, exists, D, BLOCK_D)
     else:
         mean = tl.zeros((BLOCK_N, 1), tl.float32)
         squares = tl.zeros((BLOCK_N, 1), tl.float32)
@@ -328,19 +312,9 @@ def _out_backward(
                 if OPEN:
                     opens = opens + (opened,)
             mean, scale = moments(held, eps, D, BLOCK_D)
-            hs, gs, scale_slopes, bias_slopes = (), (), (), ()
-            for c in tl.static_range(CHUNKS):
-                column = columns(c, BLOCK_D)
-                inside = of_tile(exists, column, D)
-                grad = _get(grad_ptr, grad_base, column, inside)
-                h, slope, g = slopes(held[c], mean, scale, grad, weight_ptr, column, inside)
-                level += g
-                along += g * h
-                hs, gs = hs + (h,), gs + (g,)
-                if FOR_SCALE:
-                    scale_slopes = scale_slopes + (slope,)
-                if FOR_BIAS:
-                    bias_slopes = bias_slopes + (grad,)
+            hs, gs, scale_slopes, bias_slopes, level, along = slopes_of_row(
+                held, mean, scale, grad_ptr, grad_base, weight_ptr, exists, FOR_SCALE, FOR_BIAS, D, BLOCK_D
+            )
             scale_sums, bias_sums = added(scale_sums, scale_slopes), added(bias_sums, bias_slopes)
             if FOR_ROWS:
                 mean_g, mean_gh = level_of(level, D), level_of(along, D)

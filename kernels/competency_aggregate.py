@@ -31,9 +31,11 @@ from tiger_fast.kernels.norm import (
     of_tile,
     parameter,
     put,
+    put_normalised,
     put_sums,
     scale_of,
     slopes,
+    slopes_of_row,
     zeros_like_row,
 )
 
@@ -128,11 +130,7 @@ def _forward(
             x, _ = _mix(expert_ptrs, bases, weights, column, of_tile(exists, column, D), False)
             row = row + (x,)
         mean, scale = moments(row, eps, D, BLOCK_D)
-        for c in tl.static_range(CHUNKS):
-            column = columns(c, BLOCK_D)
-            inside = of_tile(exists, column, D)
-            y = (row[c] - mean) * scale * parameter(weight_ptr, column, inside) + parameter(bias_ptr, column, inside)
-            put(out_ptr, out + column[None, :], y, inside)
+        put_normalised(out_ptr, out, row, mean, scale, weight_ptr, bias_ptr, exists, D, BLOCK_D)
     else:
         mean = tl.zeros((BLOCK_N, 1), tl.float32)
         squares = tl.zeros((BLOCK_N, 1), tl.float32)
@@ -208,19 +206,9 @@ def _backward(
                 x, tiles = _mix(expert_ptrs, bases, weights, column, of_tile(exists, column, D), HELD == 2)
                 row, held = row + (x,), held + tiles
             mean, scale = moments(row, eps, D, BLOCK_D)
-            hs, gs, scale_slopes, bias_slopes = (), (), (), ()
-            for c in tl.static_range(CHUNKS):
-                column = columns(c, BLOCK_D)
-                inside = of_tile(exists, column, D)
-                grad = tl.load(grad_ptr + grads + column[None, :], mask=inside, other=0.0).to(tl.float32)
-                h, slope, g = slopes(row[c], mean, scale, grad, weight_ptr, column, inside)
-                level += g
-                along += g * h
-                hs, gs = hs + (h,), gs + (g,)
-                if FOR_SCALE:
-                    scale_slopes = scale_slopes + (slope,)
-                if FOR_BIAS:
-                    bias_slopes = bias_slopes + (grad,)
+            hs, gs, scale_slopes, bias_slopes, level, along = slopes_of_row(
+                row, mean, scale, grad_ptr, grads, weight_ptr, exists, FOR_SCALE, FOR_BIAS, D, BLOCK_D
+            )
             scale_sums, bias_sums = added(scale_sums, scale_slopes), added(bias_sums, bias_slopes)
             if FOR_ROWS:
                 mean_g, mean_gh = level_of(level, D), level_of(along, D)

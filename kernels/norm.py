@@ -92,6 +92,51 @@ def slopes(x, mean, scale, grad, weight_ptr, column, inside):
 
 
 @triton.jit
+def put_normalised(
+    out_ptr, base, row, mean, scale, weight_ptr, bias_ptr, exists, D: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """Stores the norm of rows held as tiles."""
+    for c in tl.static_range(len(row)):
+        column = columns(c, BLOCK_D)
+        inside = of_tile(exists, column, D)
+        y = (row[c] - mean) * scale * parameter(weight_ptr, column, inside) + parameter(bias_ptr, column, inside)
+        put(out_ptr, base + column[None, :], y, inside)
+
+
+@triton.jit
+def slopes_of_row(
+    row,
+    mean,
+    scale,
+    grad_ptr,
+    grad_base,
+    weight_ptr,
+    exists,
+    FOR_SCALE: tl.constexpr,
+    FOR_BIAS: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """h and g of rows held as tiles; what goes to the sums for the weight and the bias, none unless wanted; and the tiles of
+    g and of g h added up."""
+    level, along = tl.zeros(row[0].shape, tl.float32), tl.zeros(row[0].shape, tl.float32)
+    hs, gs, scale_slopes, bias_slopes = (), (), (), ()
+    for c in tl.static_range(len(row)):
+        column = columns(c, BLOCK_D)
+        inside = of_tile(exists, column, D)
+        grad = tl.load(grad_ptr + grad_base + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        h, slope, g = slopes(row[c], mean, scale, grad, weight_ptr, column, inside)
+        level += g
+        along += g * h
+        hs, gs = hs + (h,), gs + (g,)
+        if FOR_SCALE:
+            scale_slopes = scale_slopes + (slope,)
+        if FOR_BIAS:
+            bias_slopes = bias_slopes + (grad,)
+    return hs, gs, scale_slopes, bias_slopes, level, along
+
+
+@triton.jit
 def level_of(tile, D: tl.constexpr):
     """The rows' mean, (BLOCK_N, 1), of what was added up in a tile."""
     return (tl.sum(tile, axis=1) * (1.0 / D))[:, None]
