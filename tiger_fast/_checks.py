@@ -39,6 +39,8 @@ def activation(name: str, value: object, layout: str) -> Tensor:
 
 def shape(name: str, value: Tensor, expected: tuple[int | str, ...]) -> None:
     """ValueError unless the shape is `expected`; a string stands for any size."""
+    if value.shape == expected:
+        return
     fits = value.dim() == len(expected) and all(
         isinstance(want, str) or have == want for have, want in zip(value.shape, expected, strict=True)
     )
@@ -62,7 +64,7 @@ def computing_type(value: Tensor) -> torch.dtype:
 
 def same_type(name: str, value: Tensor, like: Tensor, other: str) -> None:
     """TypeError unless `value` has the activation type of `like` (after autocast's rule)."""
-    if computing_type(value) != computing_type(like):
+    if value.dtype != like.dtype and computing_type(value) != computing_type(like):
         raise TypeError(f"{name} is {value.dtype}, {other} is {like.dtype}; activations must share a type")
 
 
@@ -80,11 +82,12 @@ def experts(value: Sequence[Tensor] | Tensor, like: Tensor | None = None, other:
     else:
         raise TypeError(f"experts must be a sequence of tensors or one tensor, got {type(value).__name__}")
     like = activation("experts[0]", members[0], "B N D") if like is None else like
+    expected, place = tuple(like.shape), like.device
     for index, member in enumerate(members):
         name = f"experts[{index}]"
-        shape(name, activation(name, member, "B N D"), tuple(like.shape))
+        shape(name, activation(name, member, "B N D"), expected)
         same_type(name, member, like, other)
-        device(name, member, like.device, other)
+        device(name, member, place, other)
     return members
 
 
@@ -92,7 +95,7 @@ def beside(name: str, value: object, like: Tensor, expected: tuple[int | str, ..
     """A floating tensor of shape `expected` on `like`'s device, of `like`'s type or float32."""
     floating(name, value)
     shape(name, value, expected)
-    if value.dtype not in (like.dtype, computing_type(like), torch.float32):
+    if value.dtype not in (like.dtype, torch.float32) and value.dtype != computing_type(like):
         raise TypeError(f"{name} must be {like.dtype} (the activation type) or torch.float32, got {value.dtype}")
     device(name, value, like.device, "the activation")
 
@@ -217,7 +220,7 @@ def autocast(like: Tensor) -> Iterator[Callable[..., list[Tensor]]]:
     """Within: autocast is off, and the yielded function casts activations to `like`'s `computing_type`."""
 
     def cast(*tensors: Tensor) -> list[Tensor]:
-        return [t.to(dtype) for t in tensors]
+        return [t if t.dtype == dtype else t.to(dtype) for t in tensors]
 
     dtype = computing_type(like)
     with no_autocast(like):
@@ -227,4 +230,5 @@ def autocast(like: Tensor) -> Iterator[Callable[..., list[Tensor]]]:
 def no_autocast(like: Tensor) -> AbstractContextManager:
     """Within: autocast is off, so that what is written as float32 is float32."""
     kind = like.device.type
-    return nullcontext() if kind in _WITHOUT_AUTOCAST else torch.autocast(kind, enabled=False)
+    off = kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind)
+    return nullcontext() if off else torch.autocast(kind, enabled=False)

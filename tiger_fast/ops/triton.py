@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -72,10 +72,11 @@ def missing() -> str | None:
 
 
 def _implementation(module: str, name: str) -> Callable:
-    def run(*arguments: object) -> object:
-        return getattr(import_module(f"tiger_fast.kernels.{module}"), name)(*arguments)
+    @cache
+    def launcher() -> Callable:
+        return getattr(import_module(f"tiger_fast.kernels.{module}"), name)
 
-    return run
+    return lambda *arguments: launcher()(*arguments)
 
 
 def _register(library: torch.library.Library, key: str) -> None:
