@@ -4,7 +4,6 @@ Costs count what any implementation has to do: bytes that must be read or writte
 registers, and operations (a multiply-add is two) after the kernels' algebra. Real kernels do more.
 """
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from tiger_fast import available_backends, functional
+from tiger_fast._examples import Sizes, arguments, with_gradients
 from tiger_fast.ops import backends
 from tiger_fast.reference import TOKEN_LOSSES
 
@@ -23,25 +23,6 @@ FORWARD, BOTH = "forward", "forward+backward"
 DIRECTIONS = (FORWARD, BOTH)
 OPS = backends.OPS
 ITEM = 4  # bytes of a float32
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """B batch, N tokens, D width, M experts, T tasks, R rank, C classes or input channels, G members of a group."""
-
-    B: int = 4
-    N: int = 1024
-    D: int = 768
-    M: int = 4
-    T: int = 5
-    R: int = 32
-    C: int = 40
-    G: int = 4
-    heads: int = 12
-
-    def __str__(self) -> str:
-        return " ".join(f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self))
-
 
 # The shapes that CPU figures are stated for, where they differ from the defaults above.
 STATED_SIZES = {
@@ -79,17 +60,13 @@ class Cost:
         return Cost(self.bytes + other.bytes, self.operations + other.operations, (*self.products, *other.products))
 
 
-# Probabilities and sums, which are float32 beside any activation type.
-IN_FLOAT32 = ("weights", "delta", "confidence", "refined_confidence", "task_loss", "refined_task_loss")
-
-
 class Case:
     """One call of one function: arguments, cotangents for its outputs, cost (which is that of float32).
 
     Args:
         op: a name among `OPS`.
         sizes: None: those of STATED_SIZES.
-        dtype: of activations and parameters; IN_FLOAT32 stays.
+        dtype: of activations and parameters.
         device: where they are.
         keywords: keyword arguments that are not tensors (the loss's name, renormalize).
     """
@@ -103,20 +80,7 @@ class Case:
         **keywords: Any,
     ) -> None:
         self.op, self.sizes, self.device = op, sizes or STATED_SIZES.get(op, Sizes()), device
-        self.keywords = {**_keywords(op, self.sizes), **keywords}
-        draw = torch.Generator(device).manual_seed(0)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw, device=device)
-
-        def placed(name: str, value: Any) -> Any:
-            if isinstance(value, list):
-                return [placed(name, member) for member in value]
-            held = name in IN_FLOAT32 or not value.is_floating_point()
-            return value.to(device) if held else value.to(device, dtype)
-
-        built = _BUILDERS[op](self.sizes, normal, self.keywords)
-        self.arguments: dict[str, Any] = {name: placed(name, value) for name, value in built.items()}
+        self.arguments, self.keywords = arguments(op, self.sizes, dtype, device, **keywords)
         self._leaves: dict[str, Any] | None = None
         self._cotangents: list[Tensor] | None = None
 
@@ -138,7 +102,9 @@ class Case:
         """A call of `function` without arguments: forward under no_grad, or forward and all gradients, fresh ones."""
         if direction == FORWARD:
             return lambda: _without_gradient(function, self.arguments)
-        leaves = self._with_gradients()
+        if self._leaves is None:
+            self._leaves = with_gradients(self.op, self.arguments, self.keywords)
+        leaves = self._leaves
         wanted = [t for t in tensors(leaves) if t.requires_grad]
 
         def both() -> tuple[list[Tensor], tuple[Tensor, ...]]:
@@ -146,15 +112,6 @@ class Case:
             return outputs, torch.autograd.grad(outputs, wanted, self._cotangents_for(outputs))
 
         return both
-
-    def _with_gradients(self) -> dict[str, Any]:
-        if self._leaves is None:
-            skipped = ("target",) if self.op.startswith("counterfactual") else ("delta",)
-            held = skipped if self.op != "causal_target" else ()
-            self._leaves = {
-                name: value if name in held else _require_gradients(value) for name, value in self.arguments.items()
-            }
-        return self._leaves
 
     def _cotangents_for(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         if self._cotangents is None:
@@ -198,14 +155,6 @@ def ours(op: str) -> str:
 def _without_gradient(function: Callable[..., Any], arguments: dict[str, Any]) -> Any:
     with torch.no_grad():
         return function(**arguments)
-
-
-def _require_gradients(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_require_gradients(v) for v in value]
-    if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().requires_grad_()
-    return value
 
 
 def _size(values: Sequence[Tensor]) -> int:
@@ -267,107 +216,6 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
 
 def _thirds(q: Tensor | None, k: Tensor | None, v: Tensor | None, qkv: Tensor | None) -> Sequence[Tensor]:
     return (q, k, v) if qkv is None else [t.contiguous() for t in qkv.chunk(3, dim=-1)]
-
-
-# -- arguments ---------------------------------------------------------------------------------------------------------
-
-Draw = Callable[..., Tensor]
-
-
-def _keywords(op: str, n: Sizes) -> dict[str, Any]:
-    if op.startswith("counterfactual"):
-        return {"loss": "cross_entropy"}
-    return {"num_heads": n.heads} if op.startswith("group_attention") else {}
-
-
-def _experts(n: Sizes, normal: Draw) -> list[Tensor]:
-    return [normal(n.B, n.N, n.D) for _ in range(n.M)]
-
-
-def _route(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "query": normal(n.B, n.N, n.D),
-        "experts": _experts(n, normal),
-        "base_weight": normal(n.D, n.D) / n.D**0.5,
-        "base_bias": normal(n.D),
-        "u": normal(n.D, n.R) / n.D**0.5,
-        "v": normal(n.D, n.R) / n.R**0.5,
-        "scale": normal(n.T, n.R),
-        "shift": normal(n.T, n.D),
-    }
-
-
-def _leave_one_out(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {"experts": _experts(n, normal), "weights": normal(n.B, n.T, n.N, n.M).softmax(dim=-1)}
-
-
-def _losses(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    weights = normal(n.B, n.N, n.M).softmax(dim=-1)
-    if keywords["loss"] == "cross_entropy":
-        target = torch.randint(n.C, (n.B, n.N), generator=torch.Generator().manual_seed(2))
-    else:
-        target = normal(n.B, n.N, n.C).sigmoid()
-        # Away from the logits: where both tie but for rounding, the sign of l1's slope is chance.
-        target = target + 20 if keywords["loss"] == "l1" else target
-    return {"weights": weights, "head_bias": normal(n.C), "target": target}
-
-
-def _counterfactual(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    head = normal(n.C, n.D) / n.D**0.5
-    return {"experts": _experts(n, normal), "head_weight": head, **_losses(n, normal, keywords)}
-
-
-def _projections(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {"projections": normal(n.B, n.M, n.N, n.C), **_losses(n, normal, keywords)}
-
-
-def _alignment(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    shape = (n.B, n.T, n.N, n.M)
-    return {"delta": normal(*shape), "weights": normal(*shape).softmax(dim=-1)}
-
-
-def _adapter(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "x": normal(n.B, n.N, n.C),
-        "norm_in_weight": normal(n.C),
-        "norm_in_bias": normal(n.C),
-        "linear_weight": normal(n.D, n.C) / n.C**0.5,
-        "linear_bias": normal(n.D),
-        "gate_weight": normal(n.D, n.C) / n.C**0.5,
-        "gate_bias": normal(n.D),
-        "norm_out_weight": normal(n.D),
-        "norm_out_bias": normal(n.D),
-    }
-
-
-def _aggregate(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    confidences = {name: normal(n.B, n.M).sigmoid() for name in ("confidence", "refined_confidence")}
-    return {"experts": _experts(n, normal), **confidences, "norm_weight": normal(n.D), "norm_bias": normal(n.D)}
-
-
-def _confidence(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    names = ("confidence", "task_loss", "refined_confidence", "refined_task_loss")
-    return {name: normal(n.B, n.M).sigmoid() for name in names}
-
-
-def _improvement(n: Sizes, normal: Draw, keywords: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: normal(n.B, n.M).sigmoid() for name in ("confidence", "refined_confidence")}
-
-
-_BUILDERS: dict[str, Callable[[Sizes, Draw, Mapping[str, Any]], dict[str, Any]]] = {
-    "route": _route,
-    "leave_one_out": _leave_one_out,
-    "counterfactual_losses": _counterfactual,
-    "counterfactual_losses_from_projections": _projections,
-    "causal_target": lambda n, normal, keywords: {"delta": normal(n.B, n.T, n.N, n.M)},
-    "alignment_loss": _alignment,
-    "group_attention": lambda n, normal, keywords: {name: normal(n.B, n.G, n.N, n.D) for name in "qkv"},
-    "group_attention_packed": lambda n, normal, keywords: {"qkv": normal(n.B, n.G, n.N, 3 * n.D)},
-    "adapter": _adapter,
-    "competency_aggregate": _aggregate,
-    "confidence_loss": _confidence,
-    "improvement_loss": _improvement,
-}
 
 
 # -- costs: (forward, backward) ----------------------------------------------------------------------------------------

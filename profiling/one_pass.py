@@ -11,25 +11,25 @@ from collections.abc import Sequence
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from tiger_fast.kernels import cases
+from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.ops.triton import NATIVE
 
-OPS = tuple(op for op in cases.OPS if op in NATIVE)
+OPS = tuple(NATIVE)
 DRY = {"B": 1, "N": 4, "D": 16, "M": 2, "T": 2, "R": 4, "C": 16, "G": 2, "heads": 1}
 
 
-def _marked(calls: Sequence[cases.Call], namespace: str, cuda: bool) -> None:
+def _marked(chosen: Sequence[Call], namespace: str, cuda: bool) -> None:
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.profiler.start()
-    for call in calls:
+    for call in chosen:
         call(namespace)
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.profiler.stop()
 
 
-def table(call: cases.Call, namespace: str, cuda: bool) -> list[str]:
+def table(call: Call, namespace: str, cuda: bool) -> list[str]:
     """The kernels of ten calls of an operator, the slowest first."""
     activities = [ProfilerActivity.CUDA] if cuda else [ProfilerActivity.CPU]
     with profile(activities=activities) as recorded:
@@ -64,13 +64,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     device, namespace = ("cuda", "tiger_fast") if cuda else ("cpu", "tiger_fast_interpreted")
     for op in options.op:
-        calls = cases.calls(op, {} if cuda else DRY, getattr(torch, options.dtype), device, namespace=namespace)
-        for call in calls:
+        sizes = gpu_sizes(op, **({} if cuda else DRY))
+        chosen = calls(op, sizes, getattr(torch, options.dtype), device, namespace=namespace)
+        for call in chosen:
             call(namespace)
         if options.table:
-            print("\n".join(text for call in calls for text in table(call, namespace, cuda)), flush=True)
+            print("\n".join(text for call in chosen for text in table(call, namespace, cuda)), flush=True)
         else:
-            _marked(calls, namespace, cuda)
+            _marked(chosen, namespace, cuda)
     return 0
 
 

@@ -20,20 +20,21 @@ from pathlib import Path
 import torch
 from triton.runtime.jit import JITFunction
 
-from tiger_fast.kernels import aot, cases, config
+from tiger_fast._examples import Call, calls, gpu_sizes
+from tiger_fast.kernels import aot, config
 from tiger_fast.kernels.launch import Launch, recording
-from tiger_fast.ops.triton import _MODULES
+from tiger_fast.ops.triton import _MODULES, NATIVE
+from tiger_fast.reference import TOKEN_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = Path(__file__).with_name("static")
 MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
-OPS = tuple(op for op in cases.OPS if op in MODULE_OF)
-LOSSES = ("cross_entropy", "l1", "mse", "bce", "cosine")  # in the operators' order
+OPS = tuple(NATIVE)
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes that differ from `cases.DEFAULT`, for the ops that they matter to (none: all), and other arguments.
+    """Sizes that differ from the default GPU shape, for the ops that they matter to (none: all), and other arguments.
 
     aligned: rows begin at multiples of 16 bytes."""
 
@@ -97,9 +98,10 @@ def all_cases() -> Iterator[Case]:
                 yield Case(
                     f"renormalised {name}", dtype, sizes, ("leave_one_out",), None, aligned, {"renormalize": True}
                 )
-        for place, loss in enumerate(LOSSES):
-            yield Case(loss, dtype, ops=_COUNTERFACTUAL, arguments={"loss": place})
-        yield Case("alignment of a target with a gradient", dtype, ops=("alignment_loss",), arguments={"keep": False})
+        for loss in TOKEN_LOSSES:
+            yield Case(loss, dtype, ops=_COUNTERFACTUAL, arguments={"loss": loss})
+        differentiable = {"detach_target": False}
+        yield Case("alignment of a target with a gradient", dtype, ops=("alignment_loss",), arguments=differentiable)
 
 
 CASES: dict[str, Callable[[], Iterator[Case]]] = {"default": default_cases, "all": all_cases}
@@ -108,7 +110,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {"default": default_cases, "all
 # --- launches -------------------------------------------------------------------------------------------------------
 
 
-def launches_of(call: cases.Call) -> list[Launch]:
+def launches_of(call: Call) -> list[Launch]:
     """What an operator's launcher would launch, on meta tensors."""
     with recording() as launches:
         getattr(import_module(f"tiger_fast.kernels.{MODULE_OF[call.name]}"), call.name)(*call.arguments)
@@ -137,11 +139,8 @@ def jobs(arch: str, chosen: Sequence[Case], ops: Sequence[str] = OPS) -> list[Jo
     found: dict[tuple, Job] = {}
     for case in chosen:
         for op in (op for op in ops if op in case.ops):
-            known = cases.arguments(op, case.sizes, case.dtype)
-            changes = {name: value for name, value in case.arguments.items() if name in known}
-            if changes != case.arguments:
-                continue
-            for call in cases.calls(op, case.sizes, case.dtype, parameters=case.parameters, **changes):
+            sizes = gpu_sizes(op, **case.sizes)
+            for call in calls(op, sizes, case.dtype, parameters=case.parameters, **case.arguments):
                 for launch in launches_of(call):
                     found.setdefault(aot.key_of(launch, arch), Job(call.name, case, arch, launch))
     return list(found.values())

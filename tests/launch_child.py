@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from profiling.static_report import OPS, launches_of
-from tiger_fast.kernels import aot, cases
+from tiger_fast._examples import Call, arguments, calls_of, gpu_sizes
+from tiger_fast.kernels import aot
 
-SMALL = {"D": 64, "M": 4, "T": 5, "R": 32, "C": 40, "G": 4, "heads": 4}
 # Within strides of 2^30 elements: from there on they are int64 where they were int32, and the kernel is another one.
 BATCHES = [(1, 1), (1, 2), (2, 1), (2, 7), (7, 2), (1, 16), (16, 17), (3, 1000), (32, 1024), (1, 65536), (4096, 64)]
 ARCH = "sm_90"
@@ -31,9 +31,10 @@ def swapped(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.transpose(0, 1).shape).transpose(0, 1) if tensor.dim() > 2 else tensor
 
 
-def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, list[cases.Call]]:
-    sizes = SMALL | {"B": batch, "N": tokens} | ({"C": 64} if op == "adapter" else {})
-    found = {"contiguous": cases.calls(op, sizes, dtype), "views": []}
+def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, list[Call]]:
+    sizes = gpu_sizes(op, B=batch, N=tokens, D=64, heads=4, C=64 if op == "adapter" else 40)
+    given, others = arguments(op, sizes, dtype, "meta")
+    found = {"contiguous": calls_of(op, given, others), "views": []}
     for change in (view, swapped):
 
         def changed(value: object, change: Callable[[Tensor], Tensor] = change) -> object:
@@ -41,9 +42,7 @@ def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, lis
                 return [change(member) for member in value]
             return change(value) if isinstance(value, Tensor) else value
 
-        given = {name: changed(value) for name, value in cases.arguments(op, sizes, dtype).items()}
-        forward = cases.Call(op, tuple(given.values()))
-        found["views"] += [forward, cases.Call(f"{op}_backward", cases.backward_arguments(op, given, forward()))]
+        found["views"] += calls_of(op, {name: changed(value) for name, value in given.items()}, others)
     return found
 
 

@@ -12,8 +12,9 @@ import torch
 
 pytest.importorskip("triton")
 
-from tiger_fast.kernels import autotune, config
-from tiger_fast.kernels.cases import calls
+from tiger_fast import autotune
+from tiger_fast._examples import Sizes, calls
+from tiger_fast.kernels import config
 from tiger_fast.kernels.config import Config
 from tiger_fast.ops.triton import INTERPRETED
 
@@ -60,9 +61,7 @@ def test_other_results_and_nan_do_not_agree():
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
 def test_a_kernel_is_tuned_and_its_file_is_read_again(tmp_path):
     namespace = "tiger_fast_interpreted"
-    forward, _ = calls(
-        "leave_one_out", {"B": 1, "N": 2, "D": 64, "M": 2, "T": 2}, torch.float32, "cpu", namespace=namespace
-    )
+    forward, _ = calls("leave_one_out", Sizes(B=1, N=2, D=64, M=2, T=2), torch.float32, "cpu", namespace=namespace)
     count = itertools.count(1)
 
     def seconds_of(function):
@@ -102,7 +101,7 @@ def test_without_a_gpu_it_says_so_and_ends_with_2(tmp_path):
     command = [
         sys.executable,
         "-m",
-        "tiger_fast.kernels.autotune",
+        "tiger_fast.autotune",
         "--op",
         "route",
         "--out",

@@ -22,7 +22,7 @@ from native import Recorder, check, map_tensors, random_cotangents, raw_calls, r
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tiger_fast.kernels import cases
+from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import backends, triton
 
@@ -35,7 +35,7 @@ NAMESPACE = "tiger_fast_interpreted" if DRY_RUN else "tiger_fast"
 FUNCTIONS = tuple(triton.NATIVE)
 NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
 NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
-OPS = tuple(op for op in cases.OPS if op in FUNCTIONS)
+OPS = FUNCTIONS
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW = (torch.bfloat16, torch.float16)
 MEDIUM = {"B": 2, "N": 67, "D": 96, "R": 16, "C": 40}
@@ -247,7 +247,7 @@ def test_another_batch_compiles_no_kernel(op):
     launched = set()
 
     def kernels_after(batch: int, tokens: int) -> int:
-        for one in cases.calls(op, {"B": batch, "N": tokens, "D": 64, "heads": 4}, torch.bfloat16, DEVICE):
+        for one in calls(op, gpu_sizes(op, B=batch, N=tokens, D=64, heads=4), torch.bfloat16, DEVICE):
             with recording() as found:
                 one()
             launched.update(each.kernel for each in found)
@@ -422,7 +422,8 @@ def test_tensors_may_have_more_elements_than_int32(op, released):
     row = max(WIDE[op].get("D", 0) * (3 if "packed" in op else 1), WIDE[op]["M"] if op == "causal_target" else 0)
     tokens = 37 if DRY_RUN else FAR // row + 5
     # Every call apart, so that no more is held than it needs.
-    for one in cases.calls(op, {"B": 1, "N": tokens, **WIDE[op]}, torch.bfloat16, DEVICE, namespace=NAMESPACE):
+    sizes = gpu_sizes(op, **{"B": 1, "N": tokens, **WIDE[op]})
+    for one in calls(op, sizes, torch.bfloat16, DEVICE, namespace=NAMESPACE):
         results = one(NAMESPACE)
         for start in (0, tokens // 2, tokens - 3):
 
@@ -430,7 +431,7 @@ def test_tensors_may_have_more_elements_than_int32(op, released):
                 axes = [i for i, size in enumerate(value.shape) if size == tokens]
                 return value.narrow(axes[0], start, 3) if axes else value
 
-            few = cases.Call(one.name, tuple(map_tensors(part, one.arguments)))(NAMESPACE)
+            few = Call(one.name, tuple(map_tensors(part, one.arguments)))(NAMESPACE)
             for a, b in zip(as_list(results), as_list(few), strict=True):
                 if tokens in a.shape:
                     torch.testing.assert_close(part(a), b, rtol=2e-2, atol=2e-2)
@@ -445,14 +446,13 @@ def as_list(results: Tensor | tuple | list) -> list[Tensor]:
 
 EVERY_OPERATOR = """
 import sys, torch, tiger_fast
-from tiger_fast.kernels import cases
-from tiger_fast.kernels.launch import recording
+from tiger_fast._examples import calls, gpu_sizes
 from tiger_fast.ops.triton import NATIVE
 device, namespace = sys.argv[1:]
 sizes = {"B": 2, "N": 9, "D": 40, "M": 3, "T": 2, "R": 5, "C": 7, "G": 3, "heads": 2}
-for op in cases.OPS:
-    for dtype in (torch.float32, torch.bfloat16) if op in NATIVE else ():
-        for call in cases.calls(op, sizes, dtype, device, namespace=namespace):
+for op in NATIVE:
+    for dtype in (torch.float32, torch.bfloat16):
+        for call in calls(op, gpu_sizes(op, **sizes), dtype, device, namespace=namespace):
             call(namespace)
             print(call.name, dtype, flush=True)
 if device != "cpu":

@@ -16,7 +16,8 @@ import torch
 pytest.importorskip("triton")
 
 from profiling.static_report import OPS, launches_of
-from tiger_fast.kernels import cases, config
+from tiger_fast._examples import calls, gpu_sizes
+from tiger_fast.kernels import config
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -131,7 +132,7 @@ def test_a_device_of_rocm_is_the_one_that_is_known(monkeypatch):
 def test_no_choice_depends_on_the_batch_or_on_tokens(op):
     chosen = defaultdict(set)
     for batch, tokens in ((1, 1), (1, 7), (3, 16), (32, 1024), (1, 65536)):
-        for call in cases.calls(op, {"B": batch, "N": tokens}, torch.bfloat16):
+        for call in calls(op, gpu_sizes(op, B=batch, N=tokens), torch.bfloat16):
             with config.trying({}) as made:
                 launches_of(call)
             chosen[call.name].add(frozenset(made.items()))

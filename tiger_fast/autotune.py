@@ -1,4 +1,4 @@
-"""`python -m tiger_fast.kernels.autotune`: measures configurations on this machine's GPU and writes the best to a file.
+"""`python -m tiger_fast.autotune`: measures configurations on this machine's GPU and writes the best to a file.
 
 Nothing else in the package tunes. `TIGER_FAST_TUNED=FILE`, or a place in kernels/tuned/, makes a file's choices go before the
 heuristics. From a heuristic's choice the search goes to the fastest neighbour for as long as one is faster; a neighbour
@@ -16,9 +16,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tiger_fast._examples import Call, Sizes, calls, gpu_sizes
 from tiger_fast.kernels import config
-from tiger_fast.kernels.cases import DEFAULT, OPS, Call, calls
 from tiger_fast.kernels.config import Config
+from tiger_fast.ops.triton import NATIVE
 
 # A neighbour has to be faster by more than what two measurements of one kernel differ by.
 GAIN = 0.02
@@ -121,18 +122,18 @@ def tune(
 
 def _shape(text: str) -> dict[str, int]:
     sizes = {name: int(value) for name, _, value in (part.partition("=") for part in text.split(","))}
-    if unknown := sorted(set(sizes) - set(DEFAULT)):
-        raise argparse.ArgumentTypeError(f"no size is called {unknown[0]}; there are {', '.join(DEFAULT)}")
+    known = vars(Sizes())
+    if unknown := sorted(set(sizes) - set(known)):
+        raise argparse.ArgumentTypeError(f"no size is called {unknown[0]}; there are {', '.join(known)}")
     return sizes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 where there is no GPU."""
-    parser = argparse.ArgumentParser(prog="python -m tiger_fast.kernels.autotune", description=__doc__)
-    parser.add_argument("--op", nargs="+", choices=OPS, required=True)
-    parser.add_argument(
-        "--shape", type=_shape, default={}, help="such as B=32,N=1024,D=768; the rest as in cases.DEFAULT"
-    )
+    parser = argparse.ArgumentParser(prog="python -m tiger_fast.autotune", description=__doc__)
+    parser.add_argument("--op", nargs="+", choices=tuple(NATIVE), required=True)
+    default = f"such as B=32,N=1024,D=768; the rest as in {Sizes(B=32)}"
+    parser.add_argument("--shape", type=_shape, default={}, help=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
     parser.add_argument("--out", type=Path, required=True, help="the file; what it holds of other kernels stays")
     options = parser.parse_args(arguments)
@@ -151,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
     for op in options.op:
-        for call in calls(op, options.shape, dtype, "cuda"):
+        for call in calls(op, gpu_sizes(op, **options.shape), dtype, "cuda"):
             found |= tune(call, dtype, lambda f: do_bench(f, return_mode="median") / 1e3, print)
             config.save(options.out, found, measured_on)
     print(f"{len(found)} configurations in {options.out}")
