@@ -36,7 +36,7 @@ OPS = tuple(NATIVE)
 class Case:
     """Sizes that differ from the default GPU shape, for the ops that they matter to (none: all), and other arguments.
 
-    aligned: rows begin at multiples of 16 bytes."""
+    aligned: whether loads can be as wide as kernels are told."""
 
     name: str
     dtype: torch.dtype
@@ -50,10 +50,13 @@ class Case:
 TYPES = (torch.bfloat16, torch.float32)
 _COUNTERFACTUAL = ("counterfactual_losses", "counterfactual_losses_from_projections")
 _ATTENTION = ("group_attention", "group_attention_packed")
-_EXPERTS = ("route", "leave_one_out", *_COUNTERFACTUAL, "causal_target", "alignment_loss", "competency_aggregate")
+_FEATURES = ("route", "leave_one_out", *_COUNTERFACTUAL, "competency_aggregate")
+_DIFFERENCES = ("causal_target", "alignment_loss")
+_EXPERTS = (*_FEATURES, *_DIFFERENCES)
 # The limits of the contract, and sizes that are no power of two, no vector, or one.
 _LIMITS: dict[str, tuple[dict, tuple[str, ...]]] = {
-    "M=1": ({"M": 1}, _EXPERTS),
+    "M=1": ({"M": 1}, _FEATURES),
+    "M=1 differences": ({"M": 1}, _DIFFERENCES),
     "M=8": ({"M": 8}, _EXPERTS),
     "M=16": ({"M": 16}, _EXPERTS),
     "T=1": ({"T": 1}, ("route", "leave_one_out", "alignment_loss", "causal_target")),
@@ -75,6 +78,8 @@ _LIMITS: dict[str, tuple[dict, tuple[str, ...]]] = {
     "D=100": ({"D": 100, "heads": 4}, OPS),
     "D=1": ({"D": 1, "heads": 1}, OPS),
 }
+# Of these some rows, or heads within them, begin nowhere in particular, whatever else is aligned.
+_NARROW_ROWS = ("M=1 differences", "R=1", "C=2", "D=100", "D=1")
 
 
 def default_cases() -> Iterator[Case]:
@@ -91,13 +96,10 @@ def all_cases() -> Iterator[Case]:
     yield Case("float32 parameters", torch.bfloat16, parameters=torch.float32)
     for dtype in TYPES:
         for name, (sizes, ops) in _LIMITS.items():
-            heads = sizes.get("D", 768) // sizes.get("heads", 12)
-            aligned = heads * dtype.itemsize % 16 == 0 and sizes.get("R") != 1
-            yield Case(name, dtype, sizes, ops, aligned=aligned)
+            yield Case(name, dtype, sizes, ops, aligned=name not in _NARROW_ROWS)
             if "leave_one_out" in ops:
-                yield Case(
-                    f"renormalised {name}", dtype, sizes, ("leave_one_out",), None, aligned, {"renormalize": True}
-                )
+                renormalised = {"renormalize": True}
+                yield Case(f"renormalised {name}", dtype, sizes, ("leave_one_out",), arguments=renormalised)
         for loss in TOKEN_LOSSES:
             yield Case(loss, dtype, ops=_COUNTERFACTUAL, arguments={"loss": loss})
         differentiable = {"detach_target": False}
@@ -129,8 +131,11 @@ class Job:
     def head(self) -> dict:
         """The columns that are known before it is compiled."""
         dtype = str(self.case.dtype).removeprefix("torch.")
-        kernel = aot.name_of(self.launch)
-        return {"op": self.op, "case": self.case.name, "dtype": dtype, "kernel": kernel, "arch": self.arch}
+        found = {"op": self.op, "case": self.case.name, "dtype": dtype, "kernel": aot.name_of(self.launch)}
+        # What loads of the rows can be as wide as: rows begin at multiples of so many elements (launch.alignment).
+        elements = [value for name, value in self.launch.constants.items() if name.endswith("ALIGN")]
+        bits = min(128, 8 * self.case.dtype.itemsize * max(elements, default=16)) if self.case.aligned else 0
+        return found | {"arch": self.arch, "row_bits": bits}
 
 
 def jobs(arch: str, chosen: Sequence[Case], ops: Sequence[str] = OPS) -> list[Job]:
@@ -189,7 +194,7 @@ def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Cal
                 child.kill()
             child.join()
             del running[results]
-            rows[index] = work[index].head() | {"aligned": work[index].case.aligned} | found
+            rows[index] = work[index].head() | found
             row = rows[index]
             row["problems"] = problems(row, multiplies(work[index].launch.kernel))
             name = " ".join(row[part] for part in ("kernel", "arch", "dtype", "case"))
@@ -205,6 +210,9 @@ NARROW: dict[str, str] = {
     "route_factors": "shift (T, D) is read down its columns, once a launch",
     "route_forward": "scale (T, R), a row of it at a time and at any stride",
     "route_backward_gradients": "scale (T, R), as above",
+    "counterfactual_tokens_from_experts": "the bias (C), fewer numbers than threads",
+    "counterfactual_tokens_from_projections": "the bias, as above",
+    "counterfactual_tokens_gradients": "the bias, as above",
 }
 # Kernels all of whose loads may be under 128 bits: why.
 SHORT: dict[str, str] = {
@@ -241,10 +249,10 @@ def problems(row: dict, multiplying: bool) -> list[str]:
         found.append(f"{row['spill_bytes']} bytes spilled")
     if row["shared_bytes"] > limits.shared_of_program:
         found.append(f"{row['shared_bytes']} bytes of shared memory, {limits.shared_of_program} are there")
-    loads = row["aligned"] and row["max_load_bits"] > 0  # one expert's leave-one-out loads nothing
-    if loads and row["max_load_bits"] < 128 and row["kernel"] not in SHORT:
+    loads = row["max_load_bits"] > 0  # one expert's leave-one-out loads nothing
+    if loads and row["max_load_bits"] < row["row_bits"] and row["kernel"] not in SHORT:
         found.append(f"no load wider than {row['max_load_bits']} bits")
-    if loads and narrow_type and row["min_load_bits"] < 32 and row["kernel"] not in NARROW:
+    if loads and narrow_type and row["min_load_bits"] < min(32, row["row_bits"]) and row["kernel"] not in NARROW:
         found.append(f"loads of {row['min_load_bits']} bits")
     if multiplying and narrow_type and not row["matrix_instructions"]:
         found.append("products without matrix instructions")

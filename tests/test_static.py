@@ -78,7 +78,7 @@ GOOD = {
     "kernel": "made_up",
     "arch": ARCH,
     "dtype": "bfloat16",
-    "aligned": True,
+    "row_bits": 128,
     "stack_bytes": 0,
     "spill_bytes": 0,
     "shared_bytes": 227 << 10,
@@ -112,7 +112,7 @@ def test_each_fault_is_refused(fault, words):
 
 def test_faults_that_are_none_in_float32_or_unaligned_are_not_refused():
     assert not static_report.problems(GOOD | {"dtype": "float32", "matrix_instructions": 0, "min_load_bits": 16}, True)
-    assert not static_report.problems(GOOD | {"aligned": False, "max_load_bits": 16, "min_load_bits": 16}, True)
+    assert not static_report.problems(GOOD | {"row_bits": 16, "max_load_bits": 16, "min_load_bits": 16}, True)
     assert not static_report.problems(GOOD | {"matrix_instructions": 0}, False)
 
 
