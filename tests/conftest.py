@@ -17,9 +17,10 @@ def _patch_language_once() -> None:
     a device function, which takes it half its time: here not where the launch, or a call before, has done so."""
     try:
         from triton.runtime import interpreter
-    except ImportError:
+        from triton.runtime.interpreter import _LangPatchScope, _patch_lang
+    except ImportError:  # no Triton, or one that does otherwise
         return
-    patch, language = interpreter._patch_lang, (interpreter.tl, interpreter.tl.core)
+    language = interpreter.tl, interpreter.tl.core
     done: set[object] = set()
 
     @cache
@@ -27,17 +28,17 @@ def _patch_language_once() -> None:
         # Of triton.language, which the function's module knows; the interpreter adds to its `names`.
         return {each for each in language for value in function.__globals__.values() if value is each}
 
-    class Scope(interpreter._LangPatchScope):
+    class Scope(_LangPatchScope):
         def restore(self) -> None:  # a launch has ended
             super().restore()
             done.clear()
 
-    def patch_once(function: Callable) -> interpreter._LangPatchScope:
+    def patch_once(function: Callable) -> _LangPatchScope:
         seen = modules(function, len(function.__globals__))
         if seen <= done:
-            return interpreter._LangPatchScope()
+            return _LangPatchScope()
         scope = Scope()
-        scope._changes = patch(function)._changes
+        scope._changes = _patch_lang(function)._changes
         done.update(seen)
         return scope
 

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import torch
 from helpers import ACTIVATIONS, CASES, PLAIN, call, make, replaced, tensors, transform
-from native import check, random_cotangents, raw_calls, run
+from native import check, exactly, random_cotangents, raw_calls, run
 from torch import Tensor
 
 import tiger_fast
@@ -95,6 +95,16 @@ def test_both_designs_of_route_agree(one_pass, dtype, sizes, monkeypatch):
     finally:
         monkeypatch.undo()
         config.reload()
+
+
+def test_shifts_beside_bfloat16_count_to_more_than_its_bits():
+    arguments = small("route", torch.bfloat16, torch.float32)
+    arguments["query"].zero_()  # the logits are then the shifts' alone
+    arguments["base_bias"].zero_()
+    arguments["shift"] *= 10
+    weights = call("route", arguments, backend="triton")[1]
+    expected = call("route", exactly(arguments), backend="reference")[1]
+    assert (weights - expected).abs().max() < 1e-3  # a shift rounded to bfloat16 is off by some 2e-2
 
 
 SIZES = [
