@@ -174,8 +174,9 @@ def test_the_kernels_run_and_not_the_reference(name, monkeypatch):
         raise AssertionError("the reference ran")
 
     arguments = sized(name, torch.bfloat16)
+    given = random_cotangents(name, arguments)
     monkeypatch.setitem(backends._NATIVE, "reference", dict.fromkeys(backends.OPS, refuse))
-    run(name, arguments, random_cotangents(name, arguments), "triton")
+    run(name, arguments, given, "triton")
 
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
