@@ -183,6 +183,8 @@ class Head:
         self, grad: Tensor, with_labels: bool, labels: tuple, ignore_index: int, samples: slice, tokens: slice
     ) -> None:
         """Of some tokens, given their dP (B, N, M, ROW)."""
+        if not grad.numel():
+            return  # a program would divide by the number of tokens' blocks
         constants = {
             "D": self.head.shape[1],
             "C": self.head.shape[0],

@@ -1,6 +1,8 @@
 """Which tests run where; each skip says why (addopts has -ra)."""
 
 import os
+from collections.abc import Callable
+from functools import cache
 
 import pytest
 import torch
@@ -9,6 +11,42 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def _patch_language_once() -> None:
+    """Triton's interpreter replaces the functions of triton.language for a launch, and again, to no effect, for every call of
+    a device function, which takes it half its time: here not where the launch, or a call before, has done so."""
+    try:
+        from triton.runtime import interpreter
+        from triton.runtime.interpreter import _LangPatchScope, _patch_lang
+    except ImportError:  # no Triton, or one that does otherwise
+        return
+    language = interpreter.tl, interpreter.tl.core
+    done: set[object] = set()
+
+    @cache
+    def modules(function: Callable, names: int) -> set[object]:
+        # Of triton.language, which the function's module knows; the interpreter adds to its `names`.
+        return {each for each in language for value in function.__globals__.values() if value is each}
+
+    class Scope(_LangPatchScope):
+        def restore(self) -> None:  # a launch has ended
+            super().restore()
+            done.clear()
+
+    def patch_once(function: Callable) -> _LangPatchScope:
+        seen = modules(function, len(function.__globals__))
+        if seen <= done:
+            return _LangPatchScope()
+        scope = Scope()
+        scope._changes = _patch_lang(function)._changes
+        done.update(seen)
+        return scope
+
+    interpreter._patch_lang = patch_once
+
+
+if os.environ.get("TRITON_INTERPRET") == "1":
+    _patch_language_once()
 
 # Lets the tests for a GPU run on CPU tensors, in the interpreter: to find what has nothing to do with one.
 DRY_RUN = os.environ.get("TIGER_FAST_GPU_DRY_RUN") == "1"

@@ -46,17 +46,20 @@ def run(
     return tuple(o.detach() for o in outputs), dict(zip(wanted, found, strict=True))
 
 
-def random_cotangents(name: str, arguments: dict, seed: int = 1, backend: str = "cpu") -> list[Tensor]:
+def random_cotangents(name: str, arguments: dict, seed: int = 1) -> list[Tensor]:
     """One for each output, in its type: random, but for a mean's, which is the number of rows, so that its gradients are
     of magnitude 1 like any other and errors in them stand out."""
-    with torch.no_grad():
-        outputs = call(name, arguments, backend=backend)
+    outputs = call(name, transform(lambda t: t.to("meta"), arguments))  # for their shapes and types nothing is computed
     generator = torch.Generator().manual_seed(seed)
-    rows = max(t.numel() // max(1, t.shape[-1]) for t in tensors(arguments).values() if t.dim())
-    return [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) if o.dim() else o.new_tensor(rows)
-        for o in outputs
-    ]
+    given = tensors(arguments).values()
+    rows = max(t.numel() // max(1, t.shape[-1]) for t in given if t.dim())
+
+    def one(output: Tensor) -> Tensor:
+        shape = output.shape
+        values = torch.randn(shape, generator=generator, dtype=torch.float64) if shape else torch.tensor(rows)
+        return values.to(next(iter(given)).device, output.dtype)
+
+    return [one(output) for output in outputs]
 
 
 def exactly(values: object) -> object:
@@ -128,7 +131,7 @@ def check(
 
     `terms` is the magnitude of what is summed. With `shake`, a seed, the kernels may also be as far off as rounding the
     arguments would make any implementation: on arguments that nobody chose, eager is exact by chance now and then."""
-    given = random_cotangents(name, arguments, backend=backend) if cotangents is None else cotangents
+    given = random_cotangents(name, arguments) if cotangents is None else cotangents
     outputs, found = run(name, arguments, given, backend, needs)
     eager, eager_found = run(name, arguments, given, "reference", needs)
     exact, exact_found = run(name, exactly(arguments), exactly(given), "reference", needs)
@@ -185,7 +188,7 @@ class Recorder(TorchDispatchMode):
 
 def raw_calls(name: str, arguments: dict, backend: str = "cpu") -> list[tuple]:
     """The calls of this library's operators in a forward and a backward pass, their tensors detached."""
-    cotangents = random_cotangents(name, arguments, backend=backend)
+    cotangents = random_cotangents(name, arguments)
     with Recorder() as recorder:
         run(name, arguments, cotangents, backend)
     return [(operator, map_tensors(torch.detach, values)) for operator, values, _ in recorder.native()]

@@ -133,7 +133,7 @@ def test_strides_change_nothing(name, poisoned):
         wide[..., 1:-2] = value
         return wide[..., 1:-2]
 
-    given = random_cotangents(name, dense, backend="triton")
+    given = random_cotangents(name, dense)
     expected, expected_found = run(name, dense, given, "triton")
     for change in (transposed, sliced):
         outputs, found = run(name, transform(change, dense), [change(c) for c in given], "triton")
@@ -146,7 +146,7 @@ def test_strides_change_nothing(name, poisoned):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_the_same_bits_every_time(name):
     arguments = sized(name, torch.bfloat16, B=4, N=257, D=768, M=4, T=5, R=32, C=40, G=4)
-    given = random_cotangents(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
     expected, expected_found = run(name, arguments, given, "triton")
     for _ in range(2 if DRY_RUN else 100):
         outputs, found = run(name, arguments, given, "triton")
@@ -174,8 +174,9 @@ def test_the_kernels_run_and_not_the_reference(name, monkeypatch):
         raise AssertionError("the reference ran")
 
     arguments = sized(name, torch.bfloat16)
+    given = random_cotangents(name, arguments)
     monkeypatch.setitem(backends._NATIVE, "reference", dict.fromkeys(backends.OPS, refuse))
-    run(name, arguments, random_cotangents(name, arguments, backend="triton"), "triton")
+    run(name, arguments, given, "triton")
 
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
@@ -218,7 +219,7 @@ def compiles_once(name: str, compiler: str) -> None:
     compiled = torch.compile(lambda a: call(name, a, backend="triton"), fullgraph=True, backend=compiler)
     for seed, sizes in enumerate(({"B": 2, "N": 5}, {"B": 3, "N": 7}, {"B": 5, "N": 4})):
         arguments = on_device(make(name, torch.float32, seed=seed, **sizes))
-        given = random_cotangents(name, arguments, backend="triton")
+        given = random_cotangents(name, arguments)
         expected, expected_found = run(name, arguments, given, "triton")
         arguments, wanted = leaves(arguments)
         outputs = compiled(mark_dynamic(name, arguments))
@@ -294,7 +295,7 @@ def test_graphs_replay_with_other_inputs(name):
     arguments = sized(name, torch.bfloat16, **MEDIUM)
     other = transform(torch.clone, sized(name, torch.bfloat16, **MEDIUM) | {})
     other = replaced(other, {k: v.flip(0) if v.dim() else v for k, v in tensors(other).items()})
-    given = random_cotangents(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
     held, wanted = leaves(arguments)
     inputs = tensors(held)
 
@@ -326,7 +327,7 @@ def synchronize() -> None:
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_kernels_run_on_the_current_stream(name):
     arguments = sized(name, torch.bfloat16, **MEDIUM)
-    given = random_cotangents(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
     expected, expected_found = run(name, arguments, given, "triton")
     late = transform(lambda t: torch.zeros_like(t), arguments)
     side = torch.cuda.Stream()
@@ -346,7 +347,7 @@ def test_kernels_run_on_the_current_stream(name):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_kernels_run_on_their_tensors_device(name):
     arguments = sized(name, torch.bfloat16, **MEDIUM)
-    given = random_cotangents(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
     expected, _ = run(name, arguments, given, "triton")
     there = transform(lambda t: t.to("cuda:1"), arguments)
     outputs, found = run(name, there, [c.to("cuda:1") for c in given], "triton")
@@ -379,7 +380,7 @@ def test_samples_may_lie_further_apart_than_int32(name, released):
     needs_memory(20)
     dtype = torch.bfloat16
     arguments = sized(name, dtype, B=2, N=9, D=64, C=8)
-    given = random_cotangents(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
     memory: dict[torch.dtype, tuple[Tensor, list[int]]] = {}
 
     def far(value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import torch
 from helpers import ACTIVATIONS, CASES, PLAIN, call, make, replaced, tensors, transform
-from native import check, random_cotangents, raw_calls, run
+from native import check, exactly, random_cotangents, raw_calls, run
 from torch import Tensor
 
 import tiger_fast
@@ -25,6 +25,8 @@ FUNCTIONS = tuple(backend.NATIVE)
 NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
 NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
 SMALL = {"B": 2, "T": 2, "M": 3, "N": 3, "D": 8, "R": 3, "C": 4, "G": 3}
+# For what is not about values. Two experts are a number of arguments that Dynamo may take for one without a context.
+FEW = {"M": 2, "D": 4, "R": 2, "G": 2}
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +58,11 @@ def test_the_kernels_run_and_not_the_reference(monkeypatch):
     def refuse(*_):
         raise AssertionError("the reference ran")
 
+    calls = [(name, small(name, **FEW)) for name in NATIVE_PLAIN]
+    given = [random_cotangents(*each) for each in calls]
     monkeypatch.setitem(backends._NATIVE, "reference", dict.fromkeys(backends.OPS, refuse))
-    for name in NATIVE_PLAIN:
-        arguments = small(name)
-        run(name, arguments, random_cotangents(name, arguments, backend="triton"), "triton")
+    for each, cotangents in zip(calls, given, strict=True):
+        run(*each, cotangents, "triton")
 
 
 @pytest.mark.parametrize("name", NATIVE_CASES)
@@ -94,9 +97,20 @@ def test_both_designs_of_route_agree(one_pass, dtype, sizes, monkeypatch):
         config.reload()
 
 
+def test_shifts_beside_bfloat16_count_to_more_than_its_bits():
+    arguments = small("route", torch.bfloat16, torch.float32)
+    arguments["query"].zero_()  # the logits are then the shifts' alone
+    arguments["base_bias"].zero_()
+    arguments["shift"] *= 10
+    weights = call("route", arguments, backend="triton")[1]
+    expected = call("route", exactly(arguments), backend="reference")[1]
+    assert (weights - expected).abs().max() < 1e-3  # a shift rounded to bfloat16 is off by some 2e-2
+
+
 SIZES = [
     *({"D": 1, "R": 1}, {"D": 7, "R": 1}, {"D": 40, "R": 17, "C": 17}, {"N": 1}, {"B": 1, "N": 19}),
-    *({"M": 1, "T": 1, "G": 1}, {"M": 5, "T": 3, "G": 5}, {"M": 16, "T": 1, "N": 1}, {"T": 17, "N": 1, "M": 2}),
+    *({"M": 1, "T": 1, "G": 1}, {"M": 5, "T": 3, "G": 5}),
+    *({"B": 1, "M": 16, "T": 1, "N": 1}, {"B": 1, "T": 17, "N": 1}),
 ]
 
 
@@ -105,7 +119,7 @@ SIZES = [
 def test_odd_sizes_agree(name, sizes):
     if not set(sizes) & set(make_sizes(name)):
         pytest.skip("this function has none of these sizes")
-    check(name, small(name, **sizes), shake=0, backend="triton")
+    check(name, small(name, **({"M": 2} | sizes)), shake=0, backend="triton")
 
 
 def make_sizes(name: str) -> set[str]:
@@ -134,7 +148,7 @@ def test_strides_change_nothing(name):
         wide[..., 1:-2] = value
         return wide[..., 1:-2]
 
-    given = random_cotangents(name, dense, backend="triton")
+    given = random_cotangents(name, dense)
     expected = run(name, dense, given, "triton")
     for change in (transposed, sliced):
         outputs, found = run(name, transform(change, dense), [change(c) for c in given], "triton")
@@ -146,8 +160,8 @@ def test_strides_change_nothing(name):
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_each_gradient_alone_is_the_same(name):
-    arguments = small(name)
-    given = random_cotangents(name, arguments, backend="triton")
+    arguments = small(name, **FEW)
+    given = random_cotangents(name, arguments)
     _, together = run(name, arguments, given, "triton")
     for key, value in together.items():
         _, alone = run(name, arguments, given, "triton", [key])
@@ -159,8 +173,8 @@ def test_each_gradient_alone_is_the_same(name):
 
 @pytest.mark.parametrize("name", [n for n in NATIVE_PLAIN if n.startswith(("route", "counterfactual", "competency"))])
 def test_an_absent_gradient_counts_as_zero(name):
-    arguments = small(name)
-    given = random_cotangents(name, arguments, backend="triton")
+    arguments = small(name, **FEW)
+    given = random_cotangents(name, arguments)
     for absent in range(len(given)):
         some = [None if i == absent else c for i, c in enumerate(given)]
         zeros = [torch.zeros_like(c) if i == absent else c for i, c in enumerate(given)]
@@ -201,7 +215,7 @@ def test_what_is_not_finite_stays_in_its_token(name):
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_opcheck_accepts_every_operator(name):
-    calls = raw_calls(name, small(name), "triton")
+    calls = raw_calls(name, small(name, **FEW), "triton")
     assert len(calls) >= 2
     for operator, values in calls:
         # The last test of opcheck asks for a derivative, which is in the autograd.Function outside the operator.
@@ -212,7 +226,7 @@ def test_opcheck_accepts_every_operator(name):
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_compiles_whole(name):
-    arguments = small(name)
+    arguments = small(name, **FEW)
     keys = [key for key, t in tensors(arguments).items() if t.is_floating_point()]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:

@@ -15,9 +15,6 @@ if not backend.INTERPRETED:
 from tiger_fast.kernels import config, counterfactual, counterfactual_head
 from tiger_fast.kernels.launch import recording
 
-# Lanes of no token take logarithms of 0, which numpy warns of and nobody reads.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered:RuntimeWarning")
-
 CPU = torch.device("cpu")
 
 

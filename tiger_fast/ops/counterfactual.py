@@ -98,10 +98,9 @@ class _FromExperts(torch.autograd.Function):
         valid: Tensor | None,
         weights: Tensor,
         head_weight: Tensor,
-        head_bias: Tensor | None,
-        target: Tensor,
-        *experts: Tensor,
+        *rest: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
+        head_bias, target, *experts = rest  # named, they would be what leave_one_out.py says of its own
         ctx.set_materialize_grads(False)
         ctx.namespace = namespace
         ctx.loss, ctx.ignore_index = loss, ignore_index

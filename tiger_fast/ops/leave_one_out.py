@@ -29,7 +29,10 @@ define(
 
 class _LeaveOneOut(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, namespace: str, renormalize: bool, weights: Tensor, *experts: Tensor) -> Tensor:
+    def forward(ctx, namespace: str, *rest: bool | Tensor) -> Tensor:
+        # Dynamo leaves out ctx where there are as many arguments without it as parameters with it: with renormalize and
+        # weights named there would be for two experts.
+        renormalize, weights, *experts = rest
         ctx.set_materialize_grads(False)
         ctx.namespace = namespace
         ctx.renormalize = renormalize
