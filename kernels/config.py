@@ -285,7 +285,7 @@ def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) ->
     classes = power(max(C, 16))
     if M * classes > 512 or (M + 3) * classes > 1024:
         return Config(rows=16, width=0, num_warps=4, group=0)
-    rows = 32 if M <= 4 and (M + 3) * classes <= 448 else 16
+    rows = 32 if itemsize == 2 and M <= 4 and (M + 3) * classes <= 448 else 16
     stages = 3 if arch.warp == 32 else 2
     # Rows of whole lines of 128 bytes, if there is room; operands of float32 products are in registers too.
     widths = (64, 32) if itemsize == 2 else (16,)
@@ -324,7 +324,8 @@ def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, 
 @heuristic
 def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
     if itemsize == 4:
-        return Config(64, min(64, max(16, power(D))), 256 // arch.warp, 2, 16)
+        # Four warps: of eight with twice the rows ptxas spills a few registers for one more resident program.
+        return Config(32, min(64, max(16, power(D))), 128 // arch.warp, 2, 16)
     return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, min(64, power(max(16, C))))
 
 
@@ -335,9 +336,9 @@ def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Co
     stages = 3 if arch.warp == 32 else 2
     if itemsize == 4:
         return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, min(64, power(max(16, C))))
-    wide = C > 64
-    width = min(128 if wide else 64, max(16, power(D)))
-    return Config(64, width, (256 if wide else 128) // arch.warp, stages, min(128, power(max(16, C))))
+    if C <= 64:
+        return Config(64, min(64, max(16, power(D))), 128 // arch.warp, stages, power(max(16, C)))
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, 128)
 
 
 @heuristic
