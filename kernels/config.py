@@ -187,17 +187,19 @@ def even_width(size: int, limit: int) -> int:
 @heuristic
 def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # Eight elements a thread: two vectors of 16 bytes in float32, one in 16-bit types. Sixteen experts' tiles are then
-    # 64 (128) of a thread's registers.
+    # 64 (128) of a thread's registers,
+    # so that of more than eight (`group`) the forward holds some at a time.
     width = even_width(D, 128)
     elements = 1024 if M <= 8 or itemsize == 2 else 512
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp)
+    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=8)
 
 
 @heuristic
 def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
-    # One vector of 16 bytes a thread. For four experts at a time: cotangents, and gradients in float32.
+    # One vector of 16 bytes a thread, and not of many rows, which have numbers of their own. For four experts at a time:
+    # cotangents, and gradients in float32.
     width = even_width(D, 128)
-    return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
+    return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, group=min(M, 4))
 
 
 def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int, wide: bool) -> Config:
