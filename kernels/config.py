@@ -212,18 +212,20 @@ def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if M > 8 and T > 16:
-        return _route(arch, itemsize, D, 2, 32, 2, wide=True)
+        return _route(arch, itemsize, D, 2, 32, 2, wide=False)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
     one_pass = itemsize == 2 and M <= 4 and D <= 16 * (M + T)
-    return replace(_route(arch, itemsize, D, min(M, 4), 64, 2, wide=False), one_pass=one_pass)
+    # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
+    group = min(M, 4 if D * itemsize >= 16 else 2)
+    return replace(_route(arch, itemsize, D, group, 64, 2, wide=False), one_pass=one_pass and group >= M)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
-        return _route(arch, itemsize, D, 1 if M > 8 and itemsize == 4 else min(M, 2), 32, 1, wide=True)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, 1, wide=False)
+        return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1, wide=M <= 8 or itemsize == 4)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 8 or W > 128) else 4), 32, 1, wide=False)
 
 
 @heuristic
