@@ -202,30 +202,29 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, group=min(M, 4))
 
 
-def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int, wide: bool) -> Config:
-    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
-    # limits, where those of four warps spill a few registers.
-    widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
-    return Config(16, max(16, min(widest, power(D))), warps, stages, group=group, columns=columns)
+def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int) -> Config:
+    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts.
+    width = max(16, min(128 // itemsize, power(D)))
+    return Config(16, width, 128 // arch.warp, stages, group=group, columns=columns)
 
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if M > 8 and T > 16:
-        return _route(arch, itemsize, D, 2, 32, 2, wide=False)
+        return _route(arch, itemsize, D, 2, 32, 2)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
     one_pass = itemsize == 2 and M <= 4 and D <= 16 * (M + T)
     # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
     group = min(M, 4 if D * itemsize >= 16 else 2)
-    return replace(_route(arch, itemsize, D, group, 64, 2, wide=False), one_pass=one_pass and group >= M)
+    return replace(_route(arch, itemsize, D, group, 64, 2), one_pass=one_pass and group >= M)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
-        return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1, wide=M <= 8 or itemsize == 4)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 8 or W > 128) else 4), 32, 1, wide=False)
+        return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 8 or W > 128) else 4), 32, 1)
 
 
 @heuristic
