@@ -310,7 +310,7 @@ def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
 @heuristic
 def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 16 // itemsize)
     elements = 8 if M <= 4 else 4 if M <= 8 else 1
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
 
@@ -319,7 +319,7 @@ def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C
 def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
     elements = 8 if M <= 4 else 2 if M <= 8 else 1
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 
