@@ -187,41 +187,44 @@ def even_width(size: int, limit: int) -> int:
 @heuristic
 def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # Eight elements a thread: two vectors of 16 bytes in float32, one in 16-bit types. Sixteen experts' tiles are then
-    # 64 (128) of a thread's registers.
+    # 64 (128) of a thread's registers,
+    # so that of more than eight (`group`) the forward holds some at a time.
     width = even_width(D, 128)
     elements = 1024 if M <= 8 or itemsize == 2 else 512
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp)
+    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=8)
 
 
 @heuristic
 def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
-    # One vector of 16 bytes a thread. For four experts at a time: cotangents, and gradients in float32.
+    # One vector of 16 bytes a thread, and not of many rows, which have numbers of their own. For four experts at a time:
+    # cotangents, and gradients in float32.
     width = even_width(D, 128)
-    return Config(max(1, 2048 // itemsize // width), width, 128 // arch.warp, group=min(M, 4))
+    return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, group=min(M, 4))
 
 
-def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int, wide: bool) -> Config:
-    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts. Wide tiles are for the
-    # limits, where those of four warps spill a few registers.
-    widest, warps = (256 if wide else 128) // itemsize, (256 if wide else 128) // arch.warp
-    return Config(16, max(16, min(widest, power(D))), warps, stages, group=group, columns=columns)
+def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int) -> Config:
+    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts.
+    width = max(16, min(128 // itemsize, power(D)))
+    return Config(16, width, 128 // arch.warp, stages, group=group, columns=columns)
 
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if M > 8 and T > 16:
-        return _route(arch, itemsize, D, 2, 32, 2, wide=True)
+        return _route(arch, itemsize, D, 2, 32, 2)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
     one_pass = itemsize == 2 and M <= 4 and D <= 16 * (M + T)
-    return replace(_route(arch, itemsize, D, min(M, 4), 64, 2, wide=False), one_pass=one_pass)
+    # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
+    group = min(M, 4 if D * itemsize >= 16 else 2)
+    return replace(_route(arch, itemsize, D, group, 64, 2), one_pass=one_pass and group >= M)
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
-        return _route(arch, itemsize, D, 1 if M > 8 and itemsize == 4 else min(M, 2), 32, 1, wide=True)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and M > 8 else 4), 32, 1, wide=False)
+        return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 8 or W > 128) else 4), 32, 1)
 
 
 @heuristic
@@ -307,7 +310,7 @@ def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
 @heuristic
 def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 16 // itemsize)
     elements = 8 if M <= 4 else 4 if M <= 8 else 1
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
 
@@ -316,7 +319,7 @@ def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C
 def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 4 else 4 if M <= 8 else 2)
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
     elements = 8 if M <= 4 else 2 if M <= 8 else 1
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 

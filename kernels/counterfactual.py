@@ -141,6 +141,7 @@ def _losses(
         BLOCK_C=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 4 else {}),
     )
 
 
@@ -280,6 +281,7 @@ def _differentiate(
         BLOCK_C=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **(config.unspilled(weights.device) if members > 4 else {}),
     )
     return None if bias_sums is None else bias_sums.sum(dim=0)
 

@@ -8,9 +8,9 @@ and with G the gradient of out, H_tj = sum over k != j of r_tk G_tk:
 
 Layout: experts (B, N, D) with any strides but the last, weights (B, T, N, M) with any, out (B, T, M, N, D) dense.
 A program holds a tile (BLOCK_N tokens, BLOCK_D channels) of every expert in registers and loops over the tasks; the
-backward loops over tiles of channels too, as dw sums over them, and takes experts in groups: with more than one group it
-reads G again for each, from a cache. Bytes, in units of B N D elements: forward M read, T M
-written; backward M + T M read, M written; the weights beside them.
+backward loops over tiles of channels too, as dw sums over them. Of many experts both hold a group's tiles only, and read
+the others again for each task, and the backward G for each group, from a cache. Bytes, in units of B N D elements:
+forward M read, T M written; backward M + T M read, M written; the weights beside them.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,6 @@ from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, rows_of, stride, sum_of_others, totals_of
 from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
 
-_GROUP = tl.constexpr(8)
-
 
 @triton.jit
 def _load_weights(pointers, strides, exists, M: tl.constexpr):
@@ -36,15 +34,27 @@ def _load_weights(pointers, strides, exists, M: tl.constexpr):
 
 
 @triton.jit
-def _scale(weights, k: tl.constexpr, RENORMALIZE: tl.constexpr):
-    # r_k: 1, or over the others' sum.
+def _load_tile(expert_ptrs, expert_strides, m: tl.constexpr, sample, token, column, inside, ALIGN: tl.constexpr):
+    offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
+    return tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0)
+
+
+@triton.jit
+def _load_tiles(expert_ptrs, expert_strides, sample, token, column, inside, ALIGN: tl.constexpr):
+    tiles = ()
+    for m in tl.static_range(len(expert_ptrs)):
+        tiles = tiles + (_load_tile(expert_ptrs, expert_strides, m, sample, token, column, inside, ALIGN),)
+    return tiles
+
+
+@triton.jit
+def _scale(weights, k: tl.constexpr):
+    # r_k, renormalised.
     total = tl.zeros_like(weights[k])
     for j in tl.static_range(len(weights)):
         if j != k:
             total += weights[j]
-    if RENORMALIZE:
-        return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
-    return tl.full(total.shape, 1.0, tl.float32)
+    return tl.where(total == 0, 0.0, 1.0 / tl.where(total == 0, 1.0, total))
 
 
 @kernel
@@ -61,25 +71,30 @@ def _forward(
     ALIGN: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     M: tl.constexpr = len(expert_ptrs)
     program = tl.program_id(0).to(tl.int64)
     column = (program % tl.cdiv(D, BLOCK_D)) * BLOCK_D + tl.arange(0, BLOCK_D)
     sample, token, exists = rows_of(program // tl.cdiv(D, BLOCK_D), tokens, BLOCK_N)
     inside = exists[:, None] & (column < D)[None, :]
-    tiles = ()
-    for m in tl.static_range(M):
-        offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-        tiles = tiles + (tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0),)
+    if M <= GROUP:
+        tiles = _load_tiles(expert_ptrs, expert_strides, sample, token, column, inside, ALIGN)
     for task in range(tasks):
         base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
         weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
-        totals = totals_of(tiles, weights, _GROUP)
+        if M > GROUP:
+            tiles = _load_tiles(expert_ptrs, expert_strides, sample, token, column, inside, ALIGN)
+        totals = totals_of(tiles, weights, GROUP)
         for k in tl.static_range(M):
-            left = sum_of_others(tiles, weights, k, _GROUP, totals)
+            if M > GROUP and k % GROUP == 0:
+                # Of several groups' tiles only those of one are held, and come from a cache again for the next.
+                tl.debug_barrier()
+                tiles = _load_tiles(expert_ptrs, expert_strides, sample, token, column, inside, ALIGN)
+            left = sum_of_others(tiles, weights, k, GROUP, totals)
             if RENORMALIZE:
                 # An expert of weight 0 may be infinite: what no weight counts is 0, not NaN.
-                scale = _scale(weights, k, RENORMALIZE)[:, None]
+                scale = _scale(weights, k)[:, None]
                 left = tl.where(scale == 0, 0.0, left * scale)
             row = ((sample * tasks + task) * M + k) * tokens + token
             tl.store(out_ptr + row[:, None] * D + column[None, :], left.to(out_ptr.dtype.element_ty), mask=inside)
@@ -94,13 +109,17 @@ def _of_group(
     weights_ptr,
     weights_strides,
     grad_expert_ptrs,
+    grad_weights_ptr,
+    scales_ptr,
+    features_ptr,
+    scaled_ptr,
     sample,
     token,
     exists,
     tokens,
     tasks,
     FIRST: tl.constexpr,
-    SIZE: tl.constexpr,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     NEEDS: tl.constexpr,
     RENORMALIZE: tl.constexpr,
@@ -109,72 +128,95 @@ def _of_group(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):
-    # Writes dF_j of the experts from FIRST on and returns, for each, F_j . H_tj and r_tj out_tj . G_tj: (BLOCK_N, BLOCK_T).
+    # Writes dF_j of the experts from FIRST on and, for their weights, F_j . H_tj and r_tj out_tj . G_tj.
     M: tl.constexpr = len(expert_ptrs)
+    SIZE: tl.constexpr = min(GROUP, M - FIRST)
     FOR_WEIGHTS: tl.constexpr = (NEEDS >> M) & 1
-    every_task = tl.arange(0, BLOCK_T)
-    features, scaled = (), ()
-    for _ in tl.static_range(SIZE):
-        features = features + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-        scaled = scaled + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
+    # Of all experts in one tensor: rows are spread over as many threads as a tile's, so that each thread would hold as
+    # many of one expert's T numbers.
+    place = tl.arange(0, BLOCK_T * BLOCK_J)
+    features = tl.zeros((BLOCK_N, BLOCK_T * BLOCK_J), tl.float32)
+    scaled = tl.zeros((BLOCK_N, BLOCK_T * BLOCK_J), tl.float32)
     for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
-        tiles, totals = (), ()
-        for m in tl.static_range(M):
-            if FOR_WEIGHTS and (RENORMALIZE or (m >= FIRST and m < FIRST + SIZE)):
-                offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
-                tiles = tiles + (tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0),)
-        OWN: tl.constexpr = FIRST if RENORMALIZE else 0  # where this group's tiles begin
+        totals = ()
+        if FOR_WEIGHTS and M <= GROUP:
+            tiles = _load_tiles(expert_ptrs, expert_strides, sample, token, column, inside, ALIGN)
         for _ in tl.static_range(SIZE):
             totals = totals + (tl.zeros((BLOCK_N, BLOCK_D), tl.float32),)
-        for task in range(tasks):
-            base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
-            weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
-            grads = ()
-            grads_of_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
-            mixed_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        for task in tl.range(0, tasks, disable_licm=True):
+            weights_base = weights_ptr + rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
+            scales_base = scales_ptr + ((sample * tasks + task) * tokens + token) * M
+            weights, scales, grads = (), (), ()
+            if M > GROUP:
+                tiles = ()
+            passed_of_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+            left_of_others = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             for k in tl.static_range(M):
+                if RENORMALIZE and M > GROUP and k % GROUP == 0:
+                    # Tiles of several groups are loaded for each task, from a cache: all M would fill the registers. Without
+                    # barriers the compiler loads them before the loop, and all G of a task before it uses the first.
+                    tl.debug_barrier()
                 first = rows(grad_strides, sample, task, GRAD_ALIGN) + k * stride(grad_strides[2], GRAD_ALIGN)
                 offsets = first + token[:, None] * stride(grad_strides[3], GRAD_ALIGN) + column[None, :]
                 grad = tl.load(grad_ptr + offsets, mask=inside, other=0.0)
+                weight_at = weights_base + k * stride(weights_strides[3], 1)
                 if k >= FIRST and k < FIRST + SIZE:
                     grads = grads + (grad,)
+                    weights = weights + (tl.load(weight_at, mask=exists, other=0.0).to(tl.float32),)
+                    if FOR_WEIGHTS and M > GROUP:
+                        tile = _load_tile(expert_ptrs, expert_strides, k, sample, token, column, inside, ALIGN)
+                        tiles = tiles + (tile,)
+                    if RENORMALIZE:
+                        scales = scales + (tl.load(scales_base + k, mask=exists, other=0.0),)
+                elif RENORMALIZE:
+                    scale = tl.load(scales_base + k, mask=exists, other=0.0)
+                    passed_of_others += scale[:, None] * grad.to(tl.float32)
+                    if FOR_WEIGHTS:
+                        other = _load_tile(expert_ptrs, expert_strides, k, sample, token, column, inside, ALIGN)
+                        weight = tl.load(weight_at, mask=exists, other=0.0).to(tl.float32)
+                        left_of_others += weight[:, None] * other.to(tl.float32)
                 else:
-                    grads_of_others += _scale(weights, k, RENORMALIZE)[:, None] * grad.to(tl.float32)
-                    if FOR_WEIGHTS and RENORMALIZE:
-                        mixed_others += weights[k][:, None] * tiles[k].to(tl.float32)
-            new_totals, new_features, new_scaled = (), (), ()
+                    passed_of_others += grad.to(tl.float32)
+            new_totals = ()
             for j in tl.static_range(SIZE):
-                passed = grads_of_others
+                passed = passed_of_others
                 for k in tl.static_range(SIZE):
                     if k != j:
-                        passed += _scale(weights, FIRST + k, RENORMALIZE)[:, None] * grads[k].to(tl.float32)
-                new_totals = new_totals + (totals[j] + weights[FIRST + j][:, None] * passed,)
+                        if RENORMALIZE:
+                            passed += scales[k][:, None] * grads[k].to(tl.float32)
+                        else:
+                            passed += grads[k].to(tl.float32)
+                new_totals = new_totals + (totals[j] + weights[j][:, None] * passed,)
                 if FOR_WEIGHTS:
-                    dot = tl.sum(tiles[OWN + j].to(tl.float32) * passed, axis=1)
-                    here = (every_task == task)[None, :]
-                    new_features = new_features + (features[j] + tl.where(here, dot[:, None], 0.0),)
+                    dot = tl.sum(tiles[j].to(tl.float32) * passed, axis=1)
+                    here = (place == task * BLOCK_J + j)[None, :]
+                    features += tl.where(here, dot[:, None], 0.0)
                     if RENORMALIZE:
-                        left = mixed_others
+                        left = left_of_others
                         for i in tl.static_range(SIZE):
                             if i != j:
-                                left += weights[FIRST + i][:, None] * tiles[FIRST + i].to(tl.float32)
-                        scale = _scale(weights, FIRST + j, RENORMALIZE)
+                                left += weights[i][:, None] * tiles[i].to(tl.float32)
                         dot = tl.sum(left * grads[j].to(tl.float32), axis=1)
-                        dot = tl.where(scale == 0, 0.0, dot * scale * scale)
-                        new_scaled = new_scaled + (scaled[j] + tl.where(here, dot[:, None], 0.0),)
+                        dot = tl.where(scales[j] == 0, 0.0, dot * scales[j] * scales[j])
+                        scaled += tl.where(here, dot[:, None], 0.0)
             totals = new_totals
-            if FOR_WEIGHTS:
-                features = new_features
-                if RENORMALIZE:
-                    scaled = new_scaled
         for j in tl.static_range(SIZE):
             if (NEEDS >> (FIRST + j)) & 1:
                 to = grad_expert_ptrs[FIRST + j] + (sample * tokens + token)[:, None] * D + column[None, :]
                 tl.store(to, totals[j].to(to.dtype.element_ty), mask=inside)
-    return features, scaled
+    if FOR_WEIGHTS:
+        place_task, member = place // BLOCK_J, FIRST + place % BLOCK_J
+        to = ((sample * tasks + place_task)[None, :] * tokens + token[:, None]) * M + member[None, :]
+        in_group = exists[:, None] & ((place_task < tasks) & (member < FIRST + SIZE))[None, :]
+        if RENORMALIZE:
+            tl.store(features_ptr + to, features, mask=in_group)
+            tl.store(scaled_ptr + to, scaled, mask=in_group)
+        else:
+            tl.store(grad_weights_ptr + to, features.to(grad_weights_ptr.dtype.element_ty), mask=in_group)
 
 
 @kernel
@@ -187,6 +229,7 @@ def _backward(
     weights_strides,
     grad_expert_ptrs,
     grad_weights_ptr,
+    scales_ptr,
     features_ptr,
     scaled_ptr,
     tokens: tl.int64,
@@ -199,16 +242,22 @@ def _backward(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_T: tl.constexpr,
+    BLOCK_J: tl.constexpr,
     GROUP: tl.constexpr,
 ):
     M: tl.constexpr = len(expert_ptrs)
     FOR_WEIGHTS: tl.constexpr = (NEEDS >> M) & 1
     sample, token, exists = rows_of(tl.program_id(0).to(tl.int64), tokens, BLOCK_N)
-    every_task = tl.arange(0, BLOCK_T)
-    in_tasks = exists[:, None] & (every_task < tasks)[None, :]
-    weight_rows = ((sample * tasks + every_task)[None, :] * tokens + token[:, None]) * M
+    if RENORMALIZE:
+        for task in range(tasks):
+            base = rows(weights_strides, sample, task, 1) + token * stride(weights_strides[2], 1)
+            weights = _load_weights(weights_ptr + base, weights_strides, exists, M)
+            for k in tl.static_range(M):
+                scale_row = ((sample * tasks + task) * tokens + token) * M
+                tl.store(scales_ptr + scale_row + k, _scale(weights, k), mask=exists)
+        tl.debug_barrier()  # they are read by other threads
     for group in tl.static_range((M + GROUP - 1) // GROUP):
-        features, scaled = _of_group(
+        _of_group(
             grad_ptr,
             grad_strides,
             expert_ptrs,
@@ -216,13 +265,17 @@ def _backward(
             weights_ptr,
             weights_strides,
             grad_expert_ptrs,
+            grad_weights_ptr,
+            scales_ptr,
+            features_ptr,
+            scaled_ptr,
             sample,
             token,
             exists,
             tokens,
             tasks,
             group * GROUP,
-            min(GROUP, M - group * GROUP),
+            GROUP,
             D,
             NEEDS,
             RENORMALIZE,
@@ -231,16 +284,13 @@ def _backward(
             BLOCK_N,
             BLOCK_D,
             BLOCK_T,
+            BLOCK_J,
         )
-        for j in tl.static_range(len(features)):
-            to = weight_rows + group * GROUP + j
-            if FOR_WEIGHTS and RENORMALIZE:
-                tl.store(features_ptr + to, features[j], mask=in_tasks)
-                tl.store(scaled_ptr + to, scaled[j], mask=in_tasks)
-            elif FOR_WEIGHTS:
-                tl.store(grad_weights_ptr + to, features[j].to(grad_weights_ptr.dtype.element_ty), mask=in_tasks)
     if FOR_WEIGHTS and RENORMALIZE:
         tl.debug_barrier()
+        every_task = tl.arange(0, BLOCK_T)
+        in_tasks = exists[:, None] & (every_task < tasks)[None, :]
+        weight_rows = ((sample * tasks + every_task)[None, :] * tokens + token[:, None]) * M
         for j in range(M):
             result = tl.load(features_ptr + weight_rows + j, mask=in_tasks, other=0.0)
             for k in range(M):
@@ -272,6 +322,7 @@ def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool)
         ALIGN=alignment(*experts),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
+        GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
         **(config.unspilled(weights.device) if members > 8 else {}),
@@ -288,8 +339,8 @@ def leave_one_out_backward(
     width = experts[0].shape[-1]
     found = [experts[0].new_empty(e.shape) if needs >> i & 1 else None for i, e in enumerate(experts)]
     grad_weights = weights.new_empty(weights.shape) if needs >> members & 1 else None
-    parted = grad_weights is not None and renormalize
-    kept = weights.new_empty((2, *weights.shape), dtype=torch.float32) if parted else None
+    # Renormalised, r and the two parts of dw.
+    kept = weights.new_empty((3, *weights.shape), dtype=torch.float32) if renormalize else None
     c = config.choose("leave_one_out_backward", weights.device, grad.dtype, D=width, M=members, T=power(tasks))
     launch(
         _backward,
@@ -302,7 +353,7 @@ def leave_one_out_backward(
         strides(weights),
         tuple(experts[i] if g is None else g for i, g in enumerate(found)),
         weights if grad_weights is None else grad_weights,
-        *(weights if kept is None else kept).expand(2, *weights.shape).unbind(),
+        *(weights if kept is None else kept).expand(3, *weights.shape).unbind(),
         tokens,
         tasks,
         D=width,
@@ -313,6 +364,7 @@ def leave_one_out_backward(
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_T=power(tasks),
+        BLOCK_J=power(c.group),
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,

@@ -104,7 +104,7 @@ def _make_base(
 ):
     # A tile (BLOCK_N, BLOCK_C) of query @ weight, weight (D, COLUMNS).
     total = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         inner = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         in_query = exists[:, None] & (inner < D)[None, :]
         query = tl.load(query_ptr + query_rows[:, None] + inner[None, :], mask=in_query, other=0.0)
@@ -150,7 +150,7 @@ def products_of(
     products = ()
     for _ in tl.static_range(SIZE):
         products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
         factors = _load_factors(factors_ptr, column, factor_column, D, W)
@@ -193,7 +193,7 @@ def _products_and_base(
     for _ in tl.static_range(SIZE):
         dots = dots + (tl.zeros((BLOCK_N,), tl.float32),)
         products = products + (tl.zeros((BLOCK_N, BLOCK_W), tl.float32),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
         base_tile = base_ptr + row[:, None] * D + column[None, :]
@@ -225,7 +225,7 @@ def _add_logits(
     scaled = ()
     for i in tl.static_range(len(logits)):
         scaled = scaled + (x * products[i],)
-    for t in range(tasks):
+    for t in tl.range(0, tasks, disable_licm=True):
         scale = load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)
         more = ()
         for i in tl.static_range(len(logits)):
@@ -371,7 +371,7 @@ def _forward(
             offsets = rows(expert_strides[m], sample, token, ALIGN)[:, None] + column[None, :]
             tile = tl.load(expert_ptrs[m] + offsets, mask=inside, other=0.0, eviction_policy="evict_first")
             tiles = tiles + (tile,)
-        for t in range(tasks):
+        for t in tl.range(0, tasks, disable_licm=True):
             mixed = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
             weight_row = ((sample * tasks + t) * tokens + token) * M
             for m in tl.static_range(M):
@@ -480,6 +480,6 @@ def route(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-        **(config.unspilled(query.device) if members > 8 or tasks > 16 else {}),
+        **(config.unspilled(query.device) if members > 8 or tasks > 16 or dtype == torch.float32 else {}),
     )
     return mixtures, weights, base, z

@@ -60,14 +60,14 @@ def _through_tokens(
     dots = ()
     for _ in tl.static_range(SIZE):
         dots = dots + (tl.zeros((BLOCK_N, BLOCK_T), tl.float32),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
         tiles = ()
         for i in tl.static_range(SIZE):
             tile = load_expert(expert_ptrs, expert_strides, FIRST + i, sample, token, column, inside, ALIGN)
             tiles = tiles + (tile,)
-        for t in range(tasks):
+        for t in tl.range(0, tasks, disable_licm=True):
             grad = _load_grad(grad_ptr, grad_strides, sample, t, token, column, inside, GRAD_ALIGN)
             added = ()
             for i in tl.static_range(SIZE):
@@ -99,7 +99,7 @@ def _write_grad_base(
     sums = ()
     for m in tl.static_range(M):
         sums = sums + (tl.sum(tl.load(logits_ptr + logit_rows + m * tasks, mask=in_tasks, other=0.0), axis=1),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
         total = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -144,7 +144,7 @@ def _write_grad_experts(
     for i in tl.static_range(SIZE):
         logit_tile = logits_ptr + logit_rows + (FIRST + i) * tasks
         sums = sums + (tl.sum(tl.load(logit_tile, mask=in_tasks, other=0.0), axis=1),)
-    for chunk in range((D + BLOCK_D - 1) // BLOCK_D):
+    for chunk in tl.range((D + BLOCK_D - 1) // BLOCK_D, disable_licm=True):
         column = chunk * BLOCK_D + tl.arange(0, BLOCK_D)
         inside = exists[:, None] & (column < D)[None, :]
         at = row[:, None] * D + column[None, :]
@@ -153,7 +153,7 @@ def _write_grad_experts(
         for i in tl.static_range(SIZE):
             totals = totals + (sums[i][:, None] * base,)
         if THROUGH_TOKENS:
-            for t in range(tasks):
+            for t in tl.range(0, tasks, disable_licm=True):
                 grad = _load_grad(grad_ptr, grad_strides, sample, t, token, column, inside, GRAD_ALIGN)
                 weight_row = ((sample * tasks + t) * tokens + token) * M + FIRST
                 added = ()
@@ -281,7 +281,7 @@ def _gradients(
             x = load_x(z_ptr, row, exists, column, R)
             for member in range(M):
                 y = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
-                for t in range(tasks):
+                for t in tl.range(0, tasks, disable_licm=True):
                     logit = tl.load(logits_ptr + (row * M + member) * tasks + t, mask=exists, other=0.0)
                     y += logit[:, None] * load_scale(scale_ptr, scale_strides, sample, t, column, tasks, R)[None, :]
                 to = y_ptr + (row[:, None] * M + member) * W + column[None, :]
@@ -311,7 +311,7 @@ def _gradients(
                     BLOCK_D,
                     BLOCK_W,
                 )
-                for t in range(tasks):
+                for t in tl.range(0, tasks, disable_licm=True):
                     mixed = tl.zeros((BLOCK_N, BLOCK_W), tl.float32)
                     for i in tl.static_range(len(products)):
                         logit_tile = logits_ptr + (row * M + group * GROUP + i) * tasks + t
@@ -511,7 +511,7 @@ def route_backward(
         GROUP=c.group,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
-        **(config.unspilled(query.device) if members > 8 or tasks > 16 else {}),
+        **(config.unspilled(query.device) if not 1 < members <= 8 or tasks > 16 else {}),
     )
     factor = 1 / math.sqrt(width)
     found: dict[int, Tensor] = {7 + i: g for i, g in enumerate(grad_experts) if g is not None}
