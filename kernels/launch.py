@@ -14,7 +14,7 @@ INTERPRETED = triton.knobs.runtime.interpret
 
 
 def _mend_interpreter() -> None:
-    """Three faults of the interpreter in Triton 3.6."""
+    """Faults of the interpreter in Triton 3.6; the last is one in 3.9."""
     import numpy as np
     from triton.runtime import interpreter
 
@@ -40,6 +40,15 @@ def _mend_interpreter() -> None:
         nearest = bits + np.where(nan, 0, 0x7FFF + (bits >> 16 & 1)).astype(np.uint32)
         return handle(((nearest | np.where(nan, np.uint32(0x400000), 0)) >> 16).astype(np.uint16), tl.bfloat16)
 
+    # What comes of a tile's mask and a scalar's comparison is int32, which 3.9 takes for no mask.
+    def load(self: object, pointers: object, mask: object, *rest: object) -> object:
+        return masked_load(self, pointers, handle(mask.data.astype(bool), tl.int1), *rest)
+
+    def store(self: object, pointers: object, value: object, mask: object, *rest: object) -> object:
+        return masked_store(self, pointers, value, handle(mask.data.astype(bool), tl.int1), *rest)
+
+    masked_load, masked_store = builder.create_masked_load, builder.create_masked_store
+    builder.create_masked_load, builder.create_masked_store = load, store
     interpreter._patch_lang_tensor = patched
     builder.create_dot = lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
     builder.create_fp_trunc = rounded
