@@ -187,8 +187,7 @@ def even_width(size: int, limit: int) -> int:
 @heuristic
 def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # Eight elements a thread: two vectors of 16 bytes in float32, one in 16-bit types. Sixteen experts' tiles are then
-    # 64 (128) of a thread's registers,
-    # so that of more than eight (`group`) the forward holds some at a time.
+    # 64 (128) of a thread's registers: of more than eight (`group`) the forward holds some at a time.
     width = even_width(D, 128)
     elements = 1024 if M <= 8 or itemsize == 2 else 512
     return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=8)
@@ -319,7 +318,8 @@ def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C
 def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 8 else 4)
+        # A vector of 16 bytes each, except of more than eight experts in 16-bit types, which would be too many registers.
+        return _counterfactual_tile(arch, C, 8 if M <= 8 else itemsize)
     elements = 8 if M <= 4 else 2 if M <= 8 else 1
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 
