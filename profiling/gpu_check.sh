@@ -117,6 +117,8 @@ limit 40 "$python" "${one_pass[@]}" --table >"$scratch/kernels" 2>&1
 status=$?
 keep "$scratch/kernels" kernels.txt
 note "kernels, torch's profiler" "$status"
+limit 30 "$python" -m profiling.host_cost --rounds 100 >>"$out/times.txt" 2>&1
+note "host's cost of a call" $?
 
 ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
 if [ -n "$ncu" ]; then

@@ -22,7 +22,7 @@ def run(*command: object, **env: str) -> subprocess.CompletedProcess:
 
 
 @no_gpu
-@pytest.mark.parametrize("module", ["profiling.gpu_times", "profiling.one_pass"])
+@pytest.mark.parametrize("module", ["profiling.gpu_times", "profiling.one_pass", "profiling.host_cost"])
 def test_without_a_gpu_a_program_says_so_and_ends_with_2(module):
     done = run(sys.executable, "-m", module)
     assert done.returncode == 2 and "there is no GPU here" in done.stderr
@@ -50,6 +50,16 @@ def test_times_in_a_dry_run_have_a_row_for_each_direction(tmp_path):
     ]
     assert all(row["ratios"]["eager"] > 0 and row["share_of_copy"] > 0 and not row["refused"] for row in rows)
     assert "algebra" in rows[0]["ratios"] and "sdpa" in rows[2]["ratios"]
+
+
+def test_the_host_cost_has_a_row_for_each_function_and_layers_that_add_up():
+    options = ("--rounds", "20", "--op", "leave_one_out", "alignment_loss")
+    done = run(sys.executable, "-m", "profiling.host_cost", *options, TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [line.split() for line in done.stdout.splitlines()[2:]]
+    assert [row[0] for row in rows] == ["leave_one_out", "alignment_loss"]
+    for launcher, operator, function, gradients in (map(float, row[1:5]) for row in rows):
+        assert 0 < launcher < operator < function and gradients > operator
 
 
 def test_one_pass_in_a_dry_run_lists_forward_and_backward():
