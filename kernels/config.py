@@ -209,21 +209,21 @@ def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, 
 
 @heuristic
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    if M > 8 and T > 16:
-        return _route(arch, itemsize, D, 2, 32, 2)
+    # Smaller steps where more is held: many tasks' logits of many experts, and many experts' float32 tiles.
+    crowded, heavy = M > 8 and T > 16, M > 4 and itemsize == 4
+    # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
+    group = min(M, 2 if crowded or D * itemsize < 16 else 4)
+    c = _route(arch, itemsize, D, group, 32 if crowded or heavy else 64, 1 if crowded and heavy else 2)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
-    one_pass = itemsize == 2 and M <= 4 and D <= 16 * (M + T)
-    # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
-    group = min(M, 4 if D * itemsize >= 16 else 2)
-    return replace(_route(arch, itemsize, D, group, 64, 2), one_pass=one_pass and group >= M)
+    return replace(c, one_pass=itemsize == 2 and M <= group and D <= 16 * (M + T))
 
 
 @heuristic
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
         return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 8 or W > 128) else 4), 32, 1)
+    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 4 or W > 128) else 4), 32, 1)
 
 
 @heuristic
