@@ -437,7 +437,6 @@ def _sums(c: config.Config, like: Tensor, rows: int, outs: list[Tensor]) -> tupl
     return programs, allocate((max(1, programs), len(outs), outs[0].shape[0]), dtype=torch.float32)
 
 
-@torch.no_grad()  # the library's products refuse to write into memory of ours otherwise
 def adapter(
     x: Tensor,
     norm_in_weight: Tensor,
@@ -473,7 +472,6 @@ def adapter(
     return out, gate
 
 
-@torch.no_grad()
 def adapter_backward(
     grad: Tensor,
     x: Tensor,

@@ -8,7 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 import torch
-from helpers import ACTIVATIONS, CASES, PLAIN, call, make, replaced, tensors, transform
+from helpers import ACTIVATIONS, CASES, PLAIN, call, leaves, make, replaced, tensors, transform
 from native import check, exactly, random_cotangents, raw_calls, run
 from torch import Tensor
 
@@ -246,3 +246,37 @@ def test_double_precision_is_refused_by_name():
         call("leave_one_out", arguments, backend="triton")
     with tiger_fast.use_backend("triton"), pytest.raises(TypeError, match=r"'triton'.*float64"):
         call("leave_one_out", arguments)
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_exported_programs_run_on_tensors_that_want_gradients(name):
+    # Many classes: the library makes the projections then.
+    arguments = small(name, **FEW, **({"C": 300} if name.startswith("counterfactual_losses ") else {}))
+    keys = list(tensors(arguments))
+
+    class Function(torch.nn.Module):
+        def forward(self, *values: Tensor) -> tuple[Tensor, ...]:
+            return call(name, replaced(arguments, dict(zip(keys, values, strict=True))), backend="triton")
+
+    values = tuple(tensors(arguments).values())
+    program = torch.export.export(Function(), values).module()
+    assert any(
+        "tiger_fast" in str(node.target)
+        for part in program.modules()
+        for node in getattr(part, "graph", program.graph).nodes
+    )
+    wanting = tuple(v.clone().requires_grad_() if v.is_floating_point() else v for v in values)
+    for value, expected in zip(program(*wanting), call(name, arguments, backend="triton"), strict=True):
+        assert torch.equal(value, expected)
+
+
+@pytest.mark.parametrize("name", NATIVE_PLAIN)
+def test_a_backward_under_autocast_is_the_same(name):
+    arguments, wanted = leaves(small(name))
+    outputs = call(name, arguments, backend="triton")
+    given = random_cotangents(name, arguments)
+    found = [torch.autograd.grad(outputs, list(wanted.values()), given, retain_graph=True, allow_unused=True)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found.append(torch.autograd.grad(outputs, list(wanted.values()), given, allow_unused=True))
+    for a, b in zip(*found, strict=True):
+        assert a is b is None or torch.equal(a, b)

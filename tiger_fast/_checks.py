@@ -230,5 +230,6 @@ def autocast(like: Tensor) -> Iterator[Callable[..., list[Tensor]]]:
 def no_autocast(like: Tensor) -> AbstractContextManager:
     """Within: autocast is off, so that what is written as float32 is float32."""
     kind = like.device.type
-    off = kind in _WITHOUT_AUTOCAST or not torch.is_autocast_enabled(kind)
-    return nullcontext() if off else torch.autocast(kind, enabled=False)
+    # What is traced may run under autocast later.
+    on = kind not in _WITHOUT_AUTOCAST and (torch.is_autocast_enabled(kind) or torch.compiler.is_compiling())
+    return torch.autocast(kind, enabled=False) if on else nullcontext()

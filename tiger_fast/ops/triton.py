@@ -71,24 +71,33 @@ def missing() -> str | None:
     return None if found else "Triton is not installed: pip install 'tiger_fast[triton]'"
 
 
-def _implementation(module: str, name: str) -> Callable:
+def _implementation(module: str, name: str, device: str) -> Callable:
     @cache
     def launcher() -> Callable:
         return getattr(import_module(f"tiger_fast.kernels.{module}"), name)
 
-    return lambda *arguments: launcher()(*arguments)
+    def run(*arguments: object) -> object:
+        # Autograd is on where no autograd.Function is around, as in exported programs, and autocast in a backward that is
+        # called under it: the library's products would refuse to write into our memory, or round.
+        with torch.no_grad():
+            if torch.is_autocast_enabled(device):
+                with torch.autocast(device, enabled=False):
+                    return launcher()(*arguments)
+            return launcher()(*arguments)
+
+    return run
 
 
-def _register(library: torch.library.Library, key: str) -> None:
+def _register(library: torch.library.Library, device: str) -> None:
     for module, names in _MODULES.items():
         for name in names:
-            library.impl(name, _implementation(module, name), key)
+            library.impl(name, _implementation(module, name, device), device.upper())
 
 
-_register(LIBRARY, "CUDA")
+_register(LIBRARY, "cuda")
 if INTERPRETED:
     _INTERPRETED = torch.library.Library("tiger_fast_interpreted", "DEF")
     for _schema, _fake in tuple(DEFINED.values()):
         define(_schema, _fake, _INTERPRETED)
-    _register(_INTERPRETED, "CPU")
+    _register(_INTERPRETED, "cpu")
     NATIVE = {name: partial(function, namespace=_INTERPRETED.ns) for name, function in NATIVE.items()}
