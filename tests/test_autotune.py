@@ -66,7 +66,7 @@ def test_a_kernel_is_tuned_and_its_file_is_read_again(tmp_path):
 
     def seconds_of(function):
         function()
-        return 1 / next(count)  # every later one is faster
+        return 0.9 ** next(count)  # every later one is faster
 
     found = autotune.tune(forward, torch.float32, seconds_of, lambda _: None, namespace)
     ((key, best),) = found.items()
@@ -118,3 +118,15 @@ def test_a_size_that_does_not_exist_is_refused(capsys):
     with pytest.raises(SystemExit):
         autotune.main(["--op", "route", "--out", "x", "--shape", "B=32,Z=1"])
     assert "no size is called Z" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")
+def test_what_changes_no_launch_is_measured_once():
+    namespace = "tiger_fast_interpreted"
+    forward, _ = calls("leave_one_out", Sizes(B=1, N=2, D=64, M=2, T=2), torch.float32, "cpu", namespace=namespace)
+    said = []
+    autotune.tune(forward, torch.float32, lambda function: 1.0, said.append, namespace)
+    tried = [line for line in said if "Config(" in line and "best" not in line]
+    # Of the fields the kernel takes rows, width, warps, stages and group.
+    assert 2 < len(tried) <= 1 + 2 * 5
+    assert not any("columns=32" in line or "one_pass=True" in line or "resident=2" in line for line in tried)
