@@ -13,20 +13,22 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from tiger_fast.kernels.launch import power
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What a heuristic may ask of a device: threads of a warp, registers (32 bits) and shared bytes of a multiprocessor, and
-    shared bytes that one program may have."""
+    """What a heuristic may ask of a device: threads of a warp, registers (32 bits) and shared bytes of a multiprocessor,
+    shared bytes that one program may have, and whether products can round float32 to tf32."""
 
     name: str
     warp: int
     registers: int
     shared: int
     shared_of_program: int
+    tf32: bool = True
 
 
 ARCHITECTURES = {
@@ -35,7 +37,9 @@ ARCHITECTURES = {
         Architecture("sm_80", 32, 65536, 164 << 10, 163 << 10),
         Architecture("sm_90", 32, 65536, 228 << 10, 227 << 10),
         Architecture("sm_100", 32, 65536, 228 << 10, 227 << 10),
+        Architecture("gfx90a", 64, 131072, 64 << 10, 64 << 10, tf32=False),
         Architecture("gfx942", 64, 131072, 64 << 10, 64 << 10),
+        Architecture("gfx950", 64, 131072, 160 << 10, 160 << 10, tf32=False),
     )
 }
 
@@ -70,14 +74,16 @@ def assume(architecture: str | None) -> None:
 def _architecture_of(index: int | None) -> Architecture:
     properties = torch.cuda.get_device_properties(index)
     if torch.version.hip:
-        return ARCHITECTURES["gfx942"]
+        name = properties.gcnArchName.partition(":")[0]
+        like = ARCHITECTURES["gfx90a"]  # what every one can do
+        return ARCHITECTURES.get(name) or replace(like, name=name, warp=properties.warp_size)
     major, minor = properties.major, properties.minor
     known = [name for name in ARCHITECTURES if name.startswith("sm_") and int(name[3:]) <= 10 * major + minor]
     return ARCHITECTURES[known[-1] if known else "sm_80"]
 
 
 def architecture(device: torch.device) -> Architecture:
-    """The architecture that heuristics choose for: the newest known one that is not newer than the device's."""
+    """The architecture that heuristics choose for: the device's own, or the newest known one that can do no more."""
     if _assumed is not None:
         return ARCHITECTURES[_assumed]
     return _architecture_of(device.index) if device.type == "cuda" else ARCHITECTURES["sm_90"]
@@ -91,6 +97,13 @@ def _multiprocessors_of(index: int | None) -> int:
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has: the sums over tokens are split among them."""
     return _multiprocessors_of(device.index) if device.type == "cuda" else 132
+
+
+def precision(tensor: Tensor) -> str:
+    """`input_precision` of float32 products beside activations like `tensor`: tf32 beside 16-bit ones, whose rounding is
+    coarser or equal; IEEE beside float32, unless torch's own setting allows tf32, and where there is no tf32."""
+    allowed = tensor.dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if allowed and architecture(tensor.device).tf32 else "ieee"
 
 
 def unspilled(device: torch.device) -> dict[str, int]:

@@ -38,7 +38,7 @@ from torch import Tensor
 from tiger_fast.kernels import config
 from tiger_fast.kernels.counterfactual_head import Head
 from tiger_fast.kernels.counterfactual_tokens import from_experts, from_projections, gradients
-from tiger_fast.kernels.launch import alignment, dense, launch, precision, strides
+from tiger_fast.kernels.launch import alignment, dense, launch, strides
 from tiger_fast.kernels.token_losses import CROSS_ENTROPY
 
 # Bytes of projections, or of their gradients, that the library's products take at a time.
@@ -199,7 +199,7 @@ def counterfactual_losses(
         D=width,
         C=classes,
         LOSS=loss,
-        PRECISION=precision(head.dtype),
+        PRECISION=config.precision(head),
         ALIGN=alignment(*experts),
         TARGET_ALIGN=labels.alignment,
         BLOCK_N=c.rows,

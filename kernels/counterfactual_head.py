@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import counted_tokens, rows, rows_of, stride
-from tiger_fast.kernels.launch import alignment, kernel, launch, precision, strides
+from tiger_fast.kernels.launch import alignment, kernel, launch, strides
 
 # Programs over which dW's sum is spread: about two for each multiprocessor of a large device, whatever the device is, so
 # that results do not depend on it.
@@ -190,7 +190,7 @@ class Head:
             "C": self.head.shape[0],
             "ROW": grad.shape[-1],
             "LABELS": with_labels,
-            "PRECISION": precision(self.head.dtype),
+            "PRECISION": config.precision(self.head),
         }
         if any(out is not None for out in self.grad_experts):
             self._features(grad, labels, ignore_index, samples, tokens, constants)

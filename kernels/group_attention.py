@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, stride
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, precision, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, strides
 
 
 @triton.jit
@@ -425,7 +425,7 @@ def _launch(
     head, align, dtype = width // num_heads, alignment(*tensors), tensors[0].dtype
     c = config.choose(name, tensors[0].device, dtype, G=members, head=head, vector=math.gcd(head, align))
     if c.group > 1:
-        constants |= {"PRECISION": precision(dtype), "BLOCK_G": c.group}
+        constants |= {"PRECISION": config.precision(tensors[0]), "BLOCK_G": c.group}
     launch(
         by_products if c.group > 1 else by_elements,
         batch * triton.cdiv(tokens * num_heads, c.rows),

@@ -158,10 +158,3 @@ def alignment(*tensors: Tensor) -> int:
 def power(size: int) -> int:
     """The next power of two from `size` on."""
     return 1 << max(0, size - 1).bit_length()
-
-
-def precision(dtype: torch.dtype) -> str:
-    """`input_precision` of float32 products: tf32 beside 16-bit activations, whose rounding is coarser or equal; IEEE
-    beside float32, unless torch's own setting allows tf32."""
-    allowed = dtype != torch.float32 or torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"

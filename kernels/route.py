@@ -33,7 +33,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import dot_like, rows, rows_of, softmax_of, stride
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
 
 
 @kernel
@@ -471,7 +471,7 @@ def route(
         W=factors.shape[-1],
         ONE_PASS=one_pass,
         ALIGN=alignment(query, *experts),
-        PRECISION=precision(dtype),
+        PRECISION=config.precision(query),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_R=max(16, power(rank)),

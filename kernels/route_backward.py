@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import dot_like, rows, rows_of, stride
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, precision, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
 from tiger_fast.kernels.route import load_expert, load_scale, load_x, make_factors, per_sample, products_of
 
 
@@ -503,7 +503,7 @@ def route_backward(
         KEEP_Y=for_factors,
         ALIGN=alignment(*experts),
         GRAD_ALIGN=1 if grad_tokens is None else alignment(grad_tokens),
-        PRECISION=precision(dtype),
+        PRECISION=config.precision(query),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_T=max(16, power(tasks)),
@@ -525,7 +525,7 @@ def route_backward(
     if for_u:
         found[3] = _product(flat, grad_z.view(-1, rank), factor, u.dtype)
     if for_factors:
-        parts = _sum_over_tokens(experts, y, columns, precision(dtype))
+        parts = _sum_over_tokens(experts, y, columns, config.precision(query))
         if for_v:
             found[4] = parts[..., :rank].sum((0, 1)).to(v.dtype)
         if for_shift or for_bias:

@@ -49,6 +49,12 @@ def test_every_operator_is_compiled_in_every_type(report):
         assert absent == {module for module in _MODULES if not any(k.startswith(module) for k in kernels)}
 
 
+def test_products_compile_where_float32_cannot_be_rounded_to_tf32():
+    done = child("-m", "profiling.static_report", "--arch", "gfx90a", "--op", "counterfactual_losses", "--gate")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "counterfactual_tokens_from_experts | bfloat16" in done.stdout
+
+
 PLANTED = """
 import sys
 from profiling import static_report

@@ -120,11 +120,21 @@ def test_an_unknown_architecture_is_taken_for_the_newest_older_one(capability, e
     config._architecture_of.cache_clear()
 
 
-def test_a_device_of_rocm_is_the_one_that_is_known(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9, minor=4))
+@pytest.mark.parametrize(
+    ("given", "expected", "warp", "tf32"),
+    [
+        ("gfx942:sramecc+:xnack-", "gfx942", 64, True),
+        ("gfx90a:sramecc+:xnack-", "gfx90a", 64, False),
+        ("gfx1100", "gfx1100", 32, False),
+    ],
+)
+def test_devices_of_rocm_are_known_by_name_and_what_is_unknown_does_least(given, expected, warp, tf32, monkeypatch):
+    properties = SimpleNamespace(major=9, minor=4, gcnArchName=given, warp_size=warp)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.version, "hip", "6.4")
     config._architecture_of.cache_clear()
-    assert config.architecture(CUDA).name == "gfx942"
+    found = config.architecture(CUDA)
+    assert (found.name, found.warp, found.tf32) == (expected, warp, tf32)
     config._architecture_of.cache_clear()
 
 
