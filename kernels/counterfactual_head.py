@@ -20,10 +20,6 @@ from tiger_fast.kernels import config
 from tiger_fast.kernels.device import counted_tokens, rows, rows_of, stride
 from tiger_fast.kernels.launch import alignment, kernel, launch, precision, strides
 
-# Programs over which dW's sum is spread: about two for each multiprocessor of a large device, whatever the device is, so
-# that results do not depend on it.
-_PROGRAMS = 264
-
 
 @triton.jit
 def _tile(pointer, row_offsets, column, row_mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
@@ -175,7 +171,7 @@ class Head:
             c = config.choose("counterfactual_head", head.device, head.dtype, **self.facts)
             batch, tokens, width = experts[0].shape
             tiles = triton.cdiv(width, c.width) * triton.cdiv(head.shape[0], c.group)
-            splits = max(1, min(_PROGRAMS // tiles, batch * triton.cdiv(tokens, 4 * c.rows)))
+            splits = max(1, min(2 * config.MULTIPROCESSORS // tiles, batch * triton.cdiv(tokens, 4 * c.rows)))
             self.sums = head.new_empty((splits, *head.shape), dtype=torch.float32)
         self.started = False
 

@@ -12,7 +12,7 @@ from tiger_fast.ops import triton as backend
 if not backend.INTERPRETED:
     pytest.skip("these run in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-from tiger_fast.kernels import config, counterfactual, counterfactual_head
+from tiger_fast.kernels import config, counterfactual
 from tiger_fast.kernels.launch import recording
 
 CPU = torch.device("cpu")
@@ -187,7 +187,7 @@ def test_the_head_is_summed_up_in_shares_that_do_not_depend_on_chance(monkeypatc
     arguments = make(name, torch.float32, B=2, N=70, M=1, C=5, D=20)
     first = gradients(name, arguments, backend="triton")[1]["head_weight"]
     assert torch.equal(first, gradients(name, arguments, backend="triton")[1]["head_weight"])
-    monkeypatch.setattr(counterfactual_head, "_PROGRAMS", 1)
+    monkeypatch.setattr(config, "MULTIPROCESSORS", 1)
     assert relative_error(gradients(name, arguments, backend="triton")[1]["head_weight"], first) < 1e-6
 
 
