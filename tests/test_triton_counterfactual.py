@@ -78,9 +78,10 @@ def test_sixteen_experts_on_both_ways():
         compare(name, make(name, torch.float32, B=1, N=1, M=16, C=classes, D=8))
 
 
-def test_projections_by_parts_are_those_in_one(way, monkeypatch):
+@pytest.mark.parametrize("width", [9, 20], ids=["made again", "kept"])
+def test_projections_by_parts_are_those_in_one(way, width, monkeypatch):
     name = "counterfactual_losses cosine valid"
-    arguments = make(name, torch.float32, B=2, N=3, M=2, C=6, D=9)
+    arguments = make(name, torch.float32, B=2, N=3, M=2, C=6, D=width)
     whole = gradients(name, arguments, backend="triton")
     row = 2 * 8 * 4  # classes in whole vectors
     for size in (3 * row, 2 * row):  # a sample, parts of one
