@@ -430,7 +430,7 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
 
 def _sums(c: config.Config, like: Tensor, rows: int, outs: list[Tensor]) -> tuple[int, Tensor | None]:
     # How many programs share the rows, and memory for their sums.
-    programs = min(triton.cdiv(rows, c.rows), c.resident * config.multiprocessors(like.device))
+    programs = min(triton.cdiv(rows, c.rows), c.resident * config.MULTIPROCESSORS)
     if not outs:
         return programs, None
     allocate = like.new_empty if programs else like.new_zeros  # without rows there are sums too

@@ -394,7 +394,7 @@ def competency_aggregate_backward(
         grad, experts = dense(grad), tuple(map(dense, experts))
         c = config.choose("competency_aggregate_backward", grad.device, grad.dtype, D=width, M=members)
         blocks = triton.cdiv(tokens, c.rows)
-        programs = min(batch * blocks, c.resident * config.multiprocessors(grad.device))
+        programs = min(batch * blocks, c.resident * config.MULTIPROCESSORS)
         products = weights.new_empty((batch, blocks, members)) if for_confidences else weights
         # An empty batch has sums too.
         allocate = weights.new_empty if programs else weights.new_zeros

@@ -89,14 +89,9 @@ def architecture(device: torch.device) -> Architecture:
     return _architecture_of(device.index) if device.type == "cuda" else ARCHITECTURES["sm_90"]
 
 
-@lru_cache(maxsize=64)
-def _multiprocessors_of(index: int | None) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def multiprocessors(device: torch.device) -> int:
-    """How many multiprocessors the device has: the sums over tokens are split among them."""
-    return _multiprocessors_of(device.index) if device.type == "cuda" else 132
+# Multiprocessors that sums over tokens are split for, a large device's, whatever the device has: the order of a sum, and so
+# a parameter's gradient to the bit, is then the same on devices of an architecture.
+MULTIPROCESSORS = 132
 
 
 def precision(tensor: Tensor) -> str:

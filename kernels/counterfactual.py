@@ -57,10 +57,10 @@ class _Labels:
         self.loss, self.ignore_index = loss, ignore_index
         self.valid = None if valid is None else valid.view(torch.uint8)
 
-    def part(self, samples: slice, tokens: slice) -> tuple:
-        """Pointers and strides for some of the tokens."""
-        valid = None if self.valid is None else self.valid[samples, tokens]
-        return (*_optional(self.target[samples, tokens]), *_optional(valid))
+    @property
+    def arguments(self) -> tuple:
+        """Pointers and strides."""
+        return (*_optional(self.target), *_optional(self.valid))
 
     @property
     def alignment(self) -> int:
@@ -77,6 +77,10 @@ def _parts(batch: int, tokens: int, row_bytes: int) -> Iterator[tuple[slice, sli
         for sample in range(batch):
             for first in range(0, tokens, most):
                 yield slice(sample, sample + 1), slice(first, min(tokens, first + most))
+
+
+def _whole(weights: Tensor) -> tuple[slice, slice]:
+    return slice(0, weights.shape[0]), slice(0, weights.shape[1])
 
 
 def _padded(classes: int, dtype: torch.dtype) -> int:
@@ -121,15 +125,17 @@ def _losses(
         batch * triton.cdiv(tokens, c.rows),
         projections,
         strides(projections),
-        weights[samples, span],
+        weights,
         strides(weights),
         bias,
-        *labels.part(samples, span),
-        full[samples, span],
+        *labels.arguments,
+        full,
         strides(full),
-        without[samples, :, span],
+        without,
         strides(without),
         tokens,
+        samples.start,
+        span.start,
         labels.ignore_index,
         M=members,
         C=classes,
@@ -188,7 +194,7 @@ def counterfactual_losses(
         weights,
         strides(weights),
         bias,
-        *labels.part(slice(None), slice(None)),
+        *labels.arguments,
         kept if keep else None,
         full,
         strides(full),
@@ -225,7 +231,7 @@ def counterfactual_losses_from_projections(
     bias = None if head_bias is None else head_bias.contiguous()
     labels = _Labels(target, loss, valid, ignore_index)
     projections = dense(projections)
-    _losses(projections, weights, bias, labels, slice(None), slice(None), full, without, projections.shape[-1])
+    _losses(projections, weights, bias, labels, *_whole(weights), full, without, projections.shape[-1])
     return full, without
 
 
@@ -233,6 +239,7 @@ def _differentiate(
     grad_full: Tensor | None,
     grad_without: Tensor | None,
     projections: Tensor,
+    whole: bool,
     weights: Tensor,
     bias: Tensor | None,
     labels: _Labels,
@@ -245,35 +252,39 @@ def _differentiate(
     classes: int,
 ) -> Tensor | None:
     # The gradients of some tokens' projections (B, N, M, C), weights and targets; returns the bias's, if it is wanted.
-    # Rows of projections and their gradients may be longer than the classes.
-    batch, members, tokens, row = projections.shape
+    # Projections are of these tokens, or of all if `whole`. Rows of them and their gradients may be longer than the classes.
+    members, row = projections.shape[1], projections.shape[-1]
+    tokens = span.stop - span.start
     align = alignment(projections)
     c = config.choose("counterfactual_gradients", weights.device, projections.dtype, M=members, C=classes, ALIGN=align)
-    programs = batch * triton.cdiv(tokens, c.rows)
+    programs = (samples.stop - samples.start) * triton.cdiv(tokens, c.rows)
     bias_sums = weights.new_empty((programs, classes), dtype=torch.float32) if for_bias else None
     launch(
         gradients,
         programs,
         projections,
         strides(projections),
-        weights[samples, span],
+        weights,
         strides(weights),
         bias,
-        *labels.part(samples, span),
-        *_optional(None if grad_full is None else grad_full[samples, span]),
-        *_optional(None if grad_without is None else grad_without[samples, :, span]),
+        *labels.arguments,
+        *_optional(grad_full),
+        *_optional(grad_without),
         grad_projections,
         strides(projections if grad_projections is None else grad_projections),
-        *_optional(None if grad_weights is None else grad_weights[samples, span]),
+        *_optional(grad_weights),
         bias_sums,
-        *_optional(None if grad_target is None else grad_target[samples, span]),
+        *_optional(grad_target),
         tokens,
+        samples.start,
+        span.start,
         labels.ignore_index,
         M=members,
         C=classes,
         ROW=row,
         GRAD_ROW=row if grad_projections is None else grad_projections.shape[-1],
         LOSS=labels.loss,
+        WHOLE=whole,
         ALIGN=align,
         TARGET_ALIGN=labels.alignment,
         GRAD_ALIGN=1 if grad_projections is None else alignment(grad_projections),
@@ -317,17 +328,18 @@ def counterfactual_losses_backward(
     products = Head(experts, head, grad_experts, bool(for_head))
     for part in _parts(batch, tokens, members * padded * head.element_size()):
         if kept is not None:
-            projections = kept[part].transpose(1, 2)
+            projections = kept.transpose(1, 2)
         else:
             projections = _project(experts, head, *part)
         grad_projections = None
         if through:
-            count, _, span, _ = projections.shape
-            grad_projections = head.new_empty((members, count, span, padded)).permute(1, 2, 0, 3)
+            shape = (members, *(s.stop - s.start for s in part), padded)
+            grad_projections = head.new_empty(shape).permute(1, 2, 0, 3)
         found = _differentiate(
             grad_full,
             grad_without,
             projections,
+            kept is not None,
             weights,
             bias,
             labels,
@@ -341,7 +353,7 @@ def counterfactual_losses_backward(
         if grad_bias is not None:
             grad_bias += found
         if through:
-            products.add(grad_projections, labels.loss == CROSS_ENTROPY.value, labels.part(*part), ignore_index, *part)
+            products.add(grad_projections, labels.loss == CROSS_ENTROPY.value, labels.arguments, ignore_index, *part)
     grad_head = products.total().to(head_weight.dtype) if for_head else None
     grad_bias = None if grad_bias is None else grad_bias.to(head_bias.dtype)
     return [g for g in (*grad_experts, grad_weights, grad_head, grad_bias, grad_target) if g is not None]
@@ -369,11 +381,11 @@ def counterfactual_losses_from_projections_backward(
         grad_full,
         grad_without,
         projections,
+        False,
         weights,
         None if head_bias is None else head_bias.contiguous(),
         _Labels(target, loss, valid, ignore_index),
-        slice(None),
-        slice(None),
+        *_whole(weights),
         None if grad_projections is None else grad_projections.transpose(1, 2),
         grad_weights,
         bool(for_bias),

@@ -20,10 +20,6 @@ from tiger_fast.kernels import config
 from tiger_fast.kernels.device import counted_tokens, rows, rows_of, stride
 from tiger_fast.kernels.launch import alignment, kernel, launch, strides
 
-# Programs over which dW's sum is spread: about two for each multiprocessor of a large device, whatever the device is, so
-# that results do not depend on it.
-_PROGRAMS = 264
-
 
 @triton.jit
 def _tile(pointer, row_offsets, column, row_mask, SIZE: tl.constexpr, BLOCK: tl.constexpr):
@@ -46,6 +42,8 @@ def _features(
     out_ptrs,
     out_strides,
     tokens: tl.int64,
+    first_sample: tl.int64,
+    first_token: tl.int64,
     ignore_index: tl.int64,
     D: tl.constexpr,
     C: tl.constexpr,
@@ -63,12 +61,13 @@ def _features(
     program = tl.program_id(0).to(tl.int64)
     # Programs of the same tokens follow each other, so that dP comes from memory once.
     column = (program % tl.cdiv(D, BLOCK_D)).to(tl.int32) * BLOCK_D + tl.arange(0, BLOCK_D)
-    sample, token, exists = rows_of(program // tl.cdiv(D, BLOCK_D), tokens, BLOCK_N)
+    part_sample, part_token, exists = rows_of(program // tl.cdiv(D, BLOCK_D), tokens, BLOCK_N)
+    sample, token = first_sample + part_sample, first_token + part_token
     counted, _ = counted_tokens(
         target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LABELS
     )
     inside = exists[:, None] & (column < D)[None, :]
-    row = rows(grad_strides, sample, token, ALIGN)
+    row = rows(grad_strides, part_sample, part_token, ALIGN)
     classes = tl.arange(0, BLOCK_C)
     if C <= BLOCK_C:
         shared = _tile(head_ptr, classes * D, column, classes < C, D, BLOCK_D)
@@ -104,6 +103,8 @@ def _head(
     sums_ptr,
     samples: tl.int64,
     tokens: tl.int64,
+    first_sample: tl.int64,
+    first_token: tl.int64,
     ignore_index: tl.int64,
     splits: tl.int64,
     more: tl.int64,
@@ -131,29 +132,37 @@ def _head(
     total = tl.zeros((BLOCK_D, BLOCK_C), tl.float32)
     first, last = split * share, tl.minimum(split * share + share, blocks)
     for m in tl.static_range(M):
-        sample, token, exists = rows_of(first, tokens, BLOCK_N)
+        part_sample, part_token, exists = rows_of(first, tokens, BLOCK_N)
         counted, _ = counted_tokens(
             target_ptr,
             target_strides,
             valid_ptr,
             valid_strides,
             ignore_index,
-            sample,
-            token,
+            first_sample + part_sample,
+            first_token + part_token,
             exists & (first < last),
             LABELS,
         )
         for block in range(first, last):
-            sample, token, _ = rows_of(block, tokens, BLOCK_N)
-            row = rows(grad_strides, sample, token, GRAD_ALIGN) + m * stride(grad_strides[2], GRAD_ALIGN)
+            part_sample, part_token, _ = rows_of(block, tokens, BLOCK_N)
+            row = rows(grad_strides, part_sample, part_token, GRAD_ALIGN) + m * stride(grad_strides[2], GRAD_ALIGN)
             grad = _tile(grad_ptr, row, classes, counted, ROW, BLOCK_C)
-            features = _tile(expert_ptrs[m], rows(expert_strides[m], sample, token, ALIGN), column, counted, D, BLOCK_D)
+            row = rows(expert_strides[m], first_sample + part_sample, first_token + part_token, ALIGN)
+            features = _tile(expert_ptrs[m], row, column, counted, D, BLOCK_D)
             total = tl.dot(tl.trans(features), grad, total, input_precision=PRECISION)
             # Which tokens of the next block count: known before its tiles are asked for, which do not wait for it then.
-            sample, token, exists = rows_of(block + 1, tokens, BLOCK_N)
-            exists = exists & (block + 1 < last)
+            part_sample, part_token, exists = rows_of(block + 1, tokens, BLOCK_N)
             counted, _ = counted_tokens(
-                target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LABELS
+                target_ptr,
+                target_strides,
+                valid_ptr,
+                valid_strides,
+                ignore_index,
+                first_sample + part_sample,
+                first_token + part_token,
+                exists & (block + 1 < last),
+                LABELS,
             )
     offsets = (split * C + classes[None, :]) * D + column[:, None]
     inside = (column < D)[:, None] & (classes < C)[None, :]
@@ -175,14 +184,14 @@ class Head:
             c = config.choose("counterfactual_head", head.device, head.dtype, **self.facts)
             batch, tokens, width = experts[0].shape
             tiles = triton.cdiv(width, c.width) * triton.cdiv(head.shape[0], c.group)
-            splits = max(1, min(_PROGRAMS // tiles, batch * triton.cdiv(tokens, 4 * c.rows)))
+            splits = max(1, min(2 * config.MULTIPROCESSORS // tiles, batch * triton.cdiv(tokens, 4 * c.rows)))
             self.sums = head.new_empty((splits, *head.shape), dtype=torch.float32)
         self.started = False
 
     def add(
         self, grad: Tensor, with_labels: bool, labels: tuple, ignore_index: int, samples: slice, tokens: slice
     ) -> None:
-        """Of some tokens, given their dP (B, N, M, ROW)."""
+        """Of some tokens, given their dP (B, N, M, ROW), and the labels of all."""
         if not grad.numel():
             return  # a program would divide by the number of tokens' blocks
         constants = {
@@ -210,9 +219,11 @@ class Head:
             strides(grad),
             self.head,
             *labels,
-            tuple((like if out is None else out)[samples, tokens] for out in self.grad_experts),
+            tuple(like if out is None else out for out in self.grad_experts),
             strides(like),
             count,
+            samples.start,
+            tokens.start,
             ignore_index,
             NEEDS=sum(1 << i for i, out in enumerate(self.grad_experts) if out is not None),
             ALIGN=alignment(grad),
@@ -231,22 +242,23 @@ class Head:
         c = config.choose("counterfactual_head", grad.device, grad.dtype, **self.facts)
         batch, count, _, _ = grad.shape
         splits, classes, width = self.sums.shape
-        experts = tuple(e[samples, tokens] for e in self.experts)
         launch(
             _head,
             splits * triton.cdiv(width, c.width) * triton.cdiv(classes, c.group),
-            experts,
-            tuple(map(strides, experts)),
+            self.experts,
+            tuple(map(strides, self.experts)),
             grad,
             strides(grad),
             *labels,
             self.sums,
             batch,
             count,
+            samples.start,
+            tokens.start,
             ignore_index,
             splits,
             int(self.started),
-            ALIGN=alignment(*experts),
+            ALIGN=alignment(*self.experts),
             GRAD_ALIGN=alignment(grad),
             BLOCK_N=c.rows,
             BLOCK_C=c.group,

@@ -1,4 +1,9 @@
-"""The kernels of `counterfactual` at its tokens: projections, logits, losses, and the logits' gradients."""
+"""The kernels of `counterfactual` at its tokens: projections, logits, losses, and the logits' gradients.
+
+A launch may be of a part of the tokens, from `first_sample` and `first_token` on. Projections and their gradients are then
+of the part (but projections of all tokens if WHOLE), and all other tensors of all tokens: a pointer to within them would be
+aligned or not as B and N have it, and a kernel is compiled for its pointers' alignment.
+"""
 
 import triton
 import triton.language as tl
@@ -205,6 +210,8 @@ def from_projections(
     without_ptr,
     without_strides,
     tokens: tl.int64,
+    first_sample: tl.int64,
+    first_token: tl.int64,
     ignore_index: tl.int64,
     M: tl.constexpr,
     C: tl.constexpr,
@@ -215,7 +222,8 @@ def from_projections(
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    sample, token, exists = rows_of(tl.program_id(0).to(tl.int64), tokens, BLOCK_N)
+    part_sample, part_token, exists = rows_of(tl.program_id(0).to(tl.int64), tokens, BLOCK_N)
+    sample, token = first_sample + part_sample, first_token + part_token
     counted, label = counted_tokens(
         target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LOSS == CROSS_ENTROPY
     )
@@ -224,7 +232,9 @@ def from_projections(
     for chunk in range(tl.cdiv(C, BLOCK_C)):
         column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = counted[:, None] & (column < C)[None, :]
-        tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
+        tiles = _projections(
+            projections_ptr, projections_strides, part_sample, part_token, column, counted, M, C, ROW, ALIGN
+        )
         target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
         bias = _bias(bias_ptr, column, C)
         states = _update_all(states, tiles, weights, bias, target, label, column, inside, LOSS)
@@ -272,12 +282,15 @@ def gradients(
     grad_target_ptr,
     grad_target_strides,
     tokens: tl.int64,
+    first_sample: tl.int64,
+    first_token: tl.int64,
     ignore_index: tl.int64,
     M: tl.constexpr,
     C: tl.constexpr,
     ROW: tl.constexpr,
     GRAD_ROW: tl.constexpr,
     LOSS: tl.constexpr,
+    WHOLE: tl.constexpr,
     ALIGN: tl.constexpr,
     TARGET_ALIGN: tl.constexpr,
     GRAD_ALIGN: tl.constexpr,
@@ -285,7 +298,12 @@ def gradients(
     BLOCK_C: tl.constexpr,
 ):
     program = tl.program_id(0).to(tl.int64)
-    sample, token, exists = rows_of(program, tokens, BLOCK_N)
+    part_sample, part_token, exists = rows_of(program, tokens, BLOCK_N)
+    sample, token = first_sample + part_sample, first_token + part_token
+    if WHOLE:
+        of_sample, of_token = sample, token
+    else:
+        of_sample, of_token = part_sample, part_token
     counted, label = counted_tokens(
         target_ptr, target_strides, valid_ptr, valid_strides, ignore_index, sample, token, exists, LOSS == CROSS_ENTROPY
     )
@@ -297,7 +315,9 @@ def gradients(
         for chunk in range(tl.cdiv(C, BLOCK_C)):
             column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
             inside = counted[:, None] & (column < C)[None, :]
-            tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
+            tiles = _projections(
+                projections_ptr, projections_strides, of_sample, of_token, column, counted, M, C, ROW, ALIGN
+            )
             target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
             bias = _bias(bias_ptr, column, C)
             states = _update_all(states, tiles, weights, bias, target, label, column, inside, LOSS)
@@ -308,7 +328,9 @@ def gradients(
     for chunk in range(tl.cdiv(C, BLOCK_C)):
         column = chunk * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = counted[:, None] & (column < C)[None, :]
-        tiles = _projections(projections_ptr, projections_strides, sample, token, column, counted, M, C, ROW, ALIGN)
+        tiles = _projections(
+            projections_ptr, projections_strides, of_sample, of_token, column, counted, M, C, ROW, ALIGN
+        )
         target = _targets(target_ptr, target_strides, sample, token, column, inside, LOSS, TARGET_ALIGN)
         bias = _bias(bias_ptr, column, C)
         totals = totals_of(tiles, weights, _GROUP)
@@ -332,7 +354,7 @@ def gradients(
             for m in tl.static_range(M):
                 total += of_logits[m]
             tl.store(bias_sums_ptr + program * C + column, tl.sum(total, axis=0), mask=column < C)
-        offsets = rows(grad_projections_strides, sample, token, GRAD_ALIGN)[:, None] + column[None, :]
+        offsets = rows(grad_projections_strides, part_sample, part_token, GRAD_ALIGN)[:, None] + column[None, :]
         existing = exists[:, None] & (column < C)[None, :]
         summed = ()
         for m in tl.static_range(M):

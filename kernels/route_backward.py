@@ -387,6 +387,7 @@ def _factor_gradients(
     y_ptr,
     parts_ptr,
     tokens: tl.int64,
+    blocks: tl.int64,
     splits: tl.int64,
     D: tl.constexpr,
     W: tl.constexpr,
@@ -397,7 +398,8 @@ def _factor_gradients(
     BLOCK_W: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    # A tile of d[V | c] summed over a part of a sample's tokens: parts (B, splits, D, W).
+    # A tile of d[V | c] summed over a share of `blocks` blocks of tokens, which are one sample's or all samples': parts
+    # (B or 1, splits, D, W).
     M: tl.constexpr = len(expert_ptrs)
     BLOCKS: tl.constexpr = W // BLOCK_W
     CHUNKS: tl.constexpr = (D + BLOCK_D - 1) // BLOCK_D
@@ -405,12 +407,15 @@ def _factor_gradients(
     column = (program // BLOCKS % CHUNKS) * BLOCK_D + tl.arange(0, BLOCK_D)
     factor_column = (program % BLOCKS) * BLOCK_W + tl.arange(0, BLOCK_W)
     part = program // (BLOCKS * CHUNKS)
-    sample = part // splits
-    share = tl.cdiv(tl.cdiv(tokens, BLOCK_N), splits) * BLOCK_N
-    start = (part % splits) * share
+    of_sample = tl.cdiv(tokens, BLOCK_N)
+    share = tl.cdiv(blocks, splits)
+    before = (part // splits) * blocks
+    start = before + (part % splits) * share
+    end = tl.minimum(start + share, before + blocks)
     total = tl.zeros((BLOCK_D, BLOCK_W), tl.float32)
     for group in tl.static_range((M + GROUP - 1) // GROUP):
-        for first in range(start, tl.minimum(start + share, tokens), BLOCK_N):
+        sample, first = start // of_sample, start % of_sample * BLOCK_N
+        for _ in range(start, end):
             token = first + tl.arange(0, BLOCK_N)
             exists = token < tokens
             inside = exists[:, None] & (column < D)[None, :]
@@ -420,6 +425,10 @@ def _factor_gradients(
                 y_tile = y_ptr + ((sample * tokens + token)[:, None] * M + m) * W + factor_column[None, :]
                 y = tl.load(y_tile, mask=exists[:, None], other=0.0)
                 total = dot_like(tl.trans(expert), y, total, PRECISION)
+            # The next block, without a division.
+            first += BLOCK_N
+            sample += (first >= tokens).to(tl.int64)
+            first = tl.where(first < tokens, first, 0)
     to = (part * D + column)[:, None] * W + factor_column[None, :]
     tl.store(parts_ptr + to, total, mask=(column < D)[:, None])
 
@@ -525,15 +534,16 @@ def route_backward(
     if for_u:
         found[3] = _product(flat, grad_z.view(-1, rank), factor, u.dtype)
     if for_factors:
-        parts = _sum_over_tokens(experts, y, columns, config.precision(query))
+        by_sample = bool(for_shift) and shift.dim() == 3
+        parts = _sum_over_tokens(experts, y, columns, config.precision(query), by_sample)
         if for_v:
             found[4] = parts[..., :rank].sum((0, 1)).to(v.dtype)
         if for_shift or for_bias:
-            by_sample = parts[..., rank : rank + tasks].sum(1).transpose(1, 2) * factor  # (B, T, D)
+            grad_shift = parts[..., rank : rank + tasks].sum(1).transpose(1, 2) * factor  # (B or 1, T, D)
             if for_bias:
-                found[2] = by_sample.sum((0, 1)).to(base_bias.dtype)
+                found[2] = grad_shift.sum((0, 1)).to(base_bias.dtype)
             if for_shift:
-                found[6] = (by_sample if shift.dim() == 3 else by_sample.sum(0)).to(shift.dtype).contiguous()
+                found[6] = (grad_shift if by_sample else grad_shift[0]).to(shift.dtype).contiguous()
     if for_scale:
         found[5] = scale_parts.sum(1 if scale.dim() == 3 else (0, 1)).to(scale.dtype)
     return [found[i] for i in sorted(found)]
@@ -545,23 +555,26 @@ def _product(a: Tensor, b: Tensor, factor: float, dtype: torch.dtype) -> Tensor:
     return torch.addmm(total, a.T, b, beta=0, alpha=factor).to(dtype)
 
 
-def _sum_over_tokens(experts: tuple[Tensor, ...], y: Tensor, columns: int, products: str) -> Tensor:
-    # Parts (B, splits, D, W) of d[V | c] = sum over tokens and experts of F^T Y.
+def _sum_over_tokens(experts: tuple[Tensor, ...], y: Tensor, columns: int, products: str, by_sample: bool) -> Tensor:
+    # Parts (B or 1, splits, D, W) of d[V | c] = sum over tokens and experts of F^T Y.
     batch, tokens, width = experts[0].shape
     c = config.choose("route_factor_gradients", y.device, experts[0].dtype, D=width, M=len(experts), W=columns)
     block_w = min(c.columns, columns)
     tiles = triton.cdiv(width, c.width) * (columns // block_w)
-    # Enough programs for any device, from sizes alone: the order of a sum is the same on all of them.
-    splits = max(1, min(triton.cdiv(512, batch * tiles), triton.cdiv(tokens, 4 * c.rows)))
-    parts = y.new_empty((batch, splits, width, columns), dtype=torch.float32)
+    sums, blocks = batch, triton.cdiv(tokens, c.rows)
+    if not by_sample:
+        sums, blocks = 1, batch * blocks  # so that parts are as many as programs are of use, whatever B is
+    splits = max(1, min(triton.cdiv(8 * config.MULTIPROCESSORS, sums * tiles), triton.cdiv(blocks, 4)))
+    parts = y.new_empty((sums, splits, width, columns), dtype=torch.float32)
     launch(
         _factor_gradients,
-        batch * splits * tiles,
+        sums * splits * tiles,
         experts,
         tuple(map(strides, experts)),
         y,
         parts,
         tokens,
+        blocks,
         splits,
         D=width,
         W=columns,

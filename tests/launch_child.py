@@ -14,6 +14,10 @@ from tiger_fast.kernels import aot
 
 # Within strides of 2^30 elements: from there on they are int64 where they were int32, and the kernel is another one.
 BATCHES = [(1, 1), (1, 2), (2, 1), (2, 7), (7, 2), (1, 16), (16, 17), (3, 1000), (32, 1024), (1, 65536), (4096, 64)]
+# Of classes whose projections come in parts: of samples, of one sample's tokens, and of later samples' tokens, which begin
+# anywhere where the number of tokens is odd.
+MANY_CLASSES = 1000
+PARTS = [(2, 7), (32, 1023), (1, 40000), (3, 20001)]
 ARCH = "sm_90"
 
 
@@ -31,8 +35,8 @@ def swapped(tensor: Tensor) -> Tensor:
     return tensor.new_empty(tensor.transpose(0, 1).shape).transpose(0, 1) if tensor.dim() > 2 else tensor
 
 
-def calls(op: str, dtype: torch.dtype, batch: int, tokens: int) -> dict[str, list[Call]]:
-    sizes = gpu_sizes(op, B=batch, N=tokens, D=64, heads=4, C=64 if op == "adapter" else 40)
+def calls(op: str, dtype: torch.dtype, batch: int, tokens: int, classes: int) -> dict[str, list[Call]]:
+    sizes = gpu_sizes(op, B=batch, N=tokens, D=64, heads=4, C=64 if op == "adapter" else classes)
     given, others = arguments(op, sizes, dtype, "meta")
     found = {"contiguous": calls_of(op, given, others), "views": []}
     for change in (view, swapped):
@@ -50,14 +54,17 @@ def main() -> None:
     keys: dict[str, dict[str, dict[str, None]]] = defaultdict(lambda: defaultdict(dict))
     for dtype in (torch.float32, torch.bfloat16):
         for op in OPS:
-            for batch, tokens in BATCHES:
-                for layout, several in calls(op, dtype, batch, tokens).items():
+            many = [(*each, MANY_CLASSES) for each in PARTS] if op.startswith("counterfactual") else []
+            for batch, tokens, classes in [*((*each, 40) for each in BATCHES), *many]:
+                for layout, several in calls(op, dtype, batch, tokens, classes).items():
                     for call in several:
                         # A forward that keeps something for the backward is another kernel.
-                        name = f"{call.name} {dtype}" + " keep" * any(value is True for value in call.arguments)
+                        keep = " keep" * any(value is True for value in call.arguments)
+                        name = f"{call.name} {dtype} {classes}{keep}"
                         for place, launch in enumerate(launches_of(call)):
                             key = repr(aot.specialization(launch, ARCH))
-                            keys[f"{name}: {place} {aot.name_of(launch)}"][layout][key] = None
+                            which = "all parts" if classes == MANY_CLASSES else place
+                            keys[f"{name}: {which} {aot.name_of(launch)}"][layout][key] = None
     print(json.dumps({name: {layout: list(found) for layout, found in each.items()} for name, each in keys.items()}))
 
 

@@ -12,7 +12,7 @@ from tiger_fast.ops import triton as backend
 if not backend.INTERPRETED:
     pytest.skip("these run in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
-from tiger_fast.kernels import config, counterfactual, counterfactual_head
+from tiger_fast.kernels import config, counterfactual
 from tiger_fast.kernels.launch import recording
 
 CPU = torch.device("cpu")
@@ -78,9 +78,10 @@ def test_sixteen_experts_on_both_ways():
         compare(name, make(name, torch.float32, B=1, N=1, M=16, C=classes, D=8))
 
 
-def test_projections_by_parts_are_those_in_one(way, monkeypatch):
+@pytest.mark.parametrize("width", [9, 20], ids=["made again", "kept"])
+def test_projections_by_parts_are_those_in_one(way, width, monkeypatch):
     name = "counterfactual_losses cosine valid"
-    arguments = make(name, torch.float32, B=2, N=3, M=2, C=6, D=9)
+    arguments = make(name, torch.float32, B=2, N=3, M=2, C=6, D=width)
     whole = gradients(name, arguments, backend="triton")
     row = 2 * 8 * 4  # classes in whole vectors
     for size in (3 * row, 2 * row):  # a sample, parts of one
@@ -187,7 +188,7 @@ def test_the_head_is_summed_up_in_shares_that_do_not_depend_on_chance(monkeypatc
     arguments = make(name, torch.float32, B=2, N=70, M=1, C=5, D=20)
     first = gradients(name, arguments, backend="triton")[1]["head_weight"]
     assert torch.equal(first, gradients(name, arguments, backend="triton")[1]["head_weight"])
-    monkeypatch.setattr(counterfactual_head, "_PROGRAMS", 1)
+    monkeypatch.setattr(config, "MULTIPROCESSORS", 1)
     assert relative_error(gradients(name, arguments, backend="triton")[1]["head_weight"], first) < 1e-6
 
 

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
 from profiling.static_report import OPS, launches_of
-from tiger_fast._examples import calls, gpu_sizes
+from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.kernels import config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -136,6 +137,22 @@ def test_devices_of_rocm_are_known_by_name_and_what_is_unknown_does_least(given,
     found = config.architecture(CUDA)
     assert (found.name, found.warp, found.tf32) == (expected, warp, tf32)
     config._architecture_of.cache_clear()
+
+
+def memory_of(call: Call) -> int:
+    """Bytes of what a call's kernels are given that the call was not: its results and its scratch."""
+    given = {t.untyped_storage()._cdata for t in tree_leaves(call.arguments) if isinstance(t, torch.Tensor)}
+    tensors = [t for launch in launches_of(call) for t in tree_leaves(launch.arguments) if isinstance(t, torch.Tensor)]
+    made = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for storage, size in made.items() if storage not in given)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_memory_grows_with_tokens_and_not_with_the_samples_they_are_of(op):
+    few, many = (calls(op, gpu_sizes(op, B=batch, N=32768 // batch), torch.bfloat16) for batch in (32, 32768))
+    for one, other in zip(few, many, strict=True):
+        # A block of tokens has sums of its own, and samples of one token are a block each.
+        assert memory_of(other) <= 1.5 * memory_of(one), other.name
 
 
 @pytest.mark.parametrize("op", OPS)

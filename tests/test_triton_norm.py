@@ -41,7 +41,7 @@ def close(name: str, arguments: dict, bound: float = 2e-5) -> dict:
 
 @pytest.fixture
 def configured(monkeypatch):
-    """Makes one configuration the heuristics' choice for kernels whose names begin so; one multiprocessor in all."""
+    """Makes one configuration the choice for kernels whose names begin so, and splits sums for one multiprocessor."""
 
     def choose(start: str, **values: int) -> None:
         for name in [n for n in config._HEURISTICS if n.startswith(start)]:
@@ -50,7 +50,7 @@ def configured(monkeypatch):
             )
         config.reload()
 
-    monkeypatch.setattr(config, "multiprocessors", lambda device: 1)
+    monkeypatch.setattr(config, "MULTIPROCESSORS", 1)
     yield choose
     monkeypatch.undo()
     config.reload()
