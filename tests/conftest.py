@@ -58,6 +58,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, metavar="N", help="run N random cases of tests/test_native_fuzz.py")
 
 
+@pytest.hookimpl(trylast=True)  # parts are of what -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False")
     not_asked = pytest.mark.skip(reason="slow; runs with --slow")
