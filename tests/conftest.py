@@ -6,6 +6,7 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
 
 # Read when Triton is first imported, by whatever test comes first: where there is no GPU its kernels run in its interpreter.
 if not torch.cuda.is_available():
@@ -71,3 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         index, parts = map(int, shard.split("/"))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != index])
         items[:] = items[index::parts]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN (or an absurd integer)."""
+
+    def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*arguments: object, **keywords: object) -> Tensor:
+            fresh = function(*arguments, **keywords)
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else 7) if fresh.numel() else fresh
+
+        return filled
+
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))
