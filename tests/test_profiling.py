@@ -35,6 +35,12 @@ def test_without_a_gpu_the_check_says_so_and_ends_with_2(tmp_path):
     assert "there is no GPU here" in (tmp_path / "out" / "summary.txt").read_text()
 
 
+def test_without_a_compiler_the_check_says_so_and_ends_with_2(tmp_path):
+    # `true` in Python's place finds that there is a GPU.
+    done = run("bash", "profiling/gpu_check.sh", tmp_path / "out", PYTHON="true", CC="/nonexistent")
+    assert done.returncode == 2 and "there is no C compiler (/nonexistent) here" in done.stderr
+
+
 def test_the_check_is_a_script_that_bash_reads():
     assert run("bash", "-n", "profiling/gpu_check.sh").returncode == 0
     assert run("bash", "profiling/gpu_check.sh").returncode == 64
