@@ -8,8 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+# Lets the tests for a GPU run on CPU tensors, in the interpreter: to find what has nothing to do with one.
+DRY_RUN = os.environ.get("TIGER_FAST_GPU_DRY_RUN") == "1"
+
 # Read when Triton is first imported, by whatever test comes first: where there is no GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
+if DRY_RUN or not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -48,9 +51,6 @@ def _patch_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_language_once()
-
-# Lets the tests for a GPU run on CPU tensors, in the interpreter: to find what has nothing to do with one.
-DRY_RUN = os.environ.get("TIGER_FAST_GPU_DRY_RUN") == "1"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -28,7 +28,9 @@ from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import backends, triton
 
 pytestmark = pytest.mark.gpu
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="is about CUDA itself, which a dry run has not")
+on_cuda = pytest.mark.skipif(
+    DRY_RUN or not torch.cuda.is_available(), reason="is about CUDA itself, which a dry run has not"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cpu" if DRY_RUN else "cuda"

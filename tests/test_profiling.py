@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,13 @@ def test_one_pass_in_a_dry_run_lists_forward_and_backward():
         "leave_one_out",
         "leave_one_out_backward",
     ]
+
+
+def test_the_tests_for_a_gpu_run_dry():
+    # One of each kind, of what the interpreter does fastest.
+    chosen = "causal_target and not (sharp or expert or float16) or alignment_loss and through"
+    options = ("-q", "-m", "gpu", "-k", chosen, "-o", "addopts=", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", "tests/test_gpu.py", "tests/test_conformance.py", *options)
+    done = run(*command, TIGER_FAST_GPU_DRY_RUN="1")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20, done.stdout[-4000:]
