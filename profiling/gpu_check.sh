@@ -2,11 +2,12 @@
 # profiling/gpu_check.sh DIR: on a machine with one CUDA GPU, the GPU tests, times against eager PyTorch and torch.compile,
 # and kernels by torch's profiler and by Nsight Compute where it is found, in ten minutes; then a summary.
 #
-# Builds nothing and needs no network: torch, Triton, pytest and pytest-benchmark, numpy for what the tests import. Each step
-# has a time limit of its own, and what it has written by then counts. Writes at most 8 files into DIR, each under 16 MiB.
-# GPU_CHECK_SECONDS is the limit for everything (570), GPU_CHECK_SHARDS the number of processes for the tests (8), PYTHON the
-# Python. GPU_CHECK_DRY_RUN=1 runs every step small and without a GPU.
-# Ends with 0 if all steps did, 1 if one failed, 2 where there is no GPU.
+# Builds nothing of the checkout and needs no network: torch, Triton, pytest and pytest-benchmark, numpy for what the tests
+# import; and a C compiler with Python's headers, with which Triton builds its launchers as it compiles kernels. Each step has a
+# time limit of its own, and what it has written by then counts. Writes at most 8 files into DIR, each under 16 MiB.
+# GPU_CHECK_SECONDS is the limit for everything (570), GPU_CHECK_SHARDS the number of processes for the tests (one a core, at
+# most 12), PYTHON the Python. GPU_CHECK_DRY_RUN=1 runs every step small and without a GPU or a compiler.
+# Ends with 0 if all steps did, 1 if one failed, 2 where there is no GPU or no compiler.
 set -uo pipefail
 if [ $# -ne 1 ]; then
     echo "usage: profiling/gpu_check.sh DIR" >&2
@@ -17,7 +18,8 @@ out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 64
 python=${PYTHON:-python3}
 dry=${GPU_CHECK_DRY_RUN:-}
-shards=${GPU_CHECK_SHARDS:-8}
+cores=$(nproc)
+shards=${GPU_CHECK_SHARDS:-$((cores < 12 ? cores : 12))}
 end=$((SECONDS + ${GPU_CHECK_SECONDS:-570}))
 export PYTHONPATH=$PWD PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 scratch=$(mktemp -d)
@@ -67,42 +69,85 @@ if [ -z "$dry" ] && ! limit 60 "$python" -c 'import sys, torch; sys.exit(not tor
     exit 2
 fi
 
-# --- tests: in shards, as compiling kernels takes longer than running them; what needs most of the memory, or a checker's
-# time, alone and after them ------------------------------------------------------------------------------------------------
-# -o addopts=: what pyproject.toml asks of pytest needs plugins that may not be there.
-pytest=("$python" -m pytest tests/test_gpu.py -q -rfEs -o addopts= -p no:cacheprovider --tb=short --durations 5)
-alone="int32 or sanitizer"
-chosen="not ($alone)"
+if [ -z "$dry" ]; then
+    # Which compiler, and where Python.h is looked for, are Triton's choices (triton/runtime/build.py).
+    compiler=${CC:-$(command -v gcc || command -v clang)}
+    include=$("$python" -c 'import sysconfig; print(sysconfig.get_path("include", "posix_prefix"))' 2>/dev/null)
+    missing=
+    command -v "${compiler:-gcc}" >/dev/null || missing="no C compiler (${CC:-gcc or clang})"
+    [ -e "$include/Python.h" ] || missing=${missing:-"no Python.h in $include"}
+    if [ -n "$missing" ]; then
+        echo "there is $missing here, and Triton needs it to launch kernels: nothing was checked" |
+            tee "$out/summary.txt" >&2
+        exit 2
+    fi
+fi
+
+# --- tests: in shards, as compiling kernels takes longer than running them. What matters most comes first; NVIDIA's checkers,
+# which are slow, run beside the limits, and what needs most of the memory alone ----------------------------------------------
+# -o addopts=: what pyproject.toml asks of pytest needs plugins that may not be there. The marker `gpu` is on all of test_gpu.py
+# and on the conformance vectors where these are on the GPU.
+pytest=("$python" -m pytest tests/test_conformance.py tests/test_gpu.py -m gpu -q -rfEs -o addopts= -p no:cacheprovider)
+pytest+=(--tb=short --durations 5)
+large="int32"
+checkers=(memcheck racecheck)
+limits="limits"
+chosen="not ($large or sanitizer or $limits)"
 if [ -n "$dry" ]; then
-    chosen="leave_one_out and (widths or graphs)"
-    alone="leave_one_out and int32"
+    chosen="leave_one_out and (widths or graphs or leave_one_out_21)"
+    limits="leave_one_out and limits and 300"
+    checkers=()
+    large="leave_one_out and int32"
     shards=2
     export TIGER_FAST_GPU_DRY_RUN=1
 fi
+
 pids=()
-for ((i = 0; i < shards; i++)); do
-    OMP_NUM_THREADS=2 limit 180 "${pytest[@]}" -k "$chosen" --shard "$i/$shards" >"$scratch/tests.$i" 2>&1 &
+names=()
+# part SECONDS NAME PYTEST'S ARGUMENTS...: a part of the tests, in the background; `settle` notes how each has ended.
+part() {
+    local seconds=$1 name=$2
+    shift 2
+    OMP_NUM_THREADS=2 limit "$seconds" "${pytest[@]}" "$@" >"$scratch/tests.$name" 2>&1 &
     pids+=($!)
+    names+=("$name")
+}
+
+settle() {
+    local i status
+    for i in "${!pids[@]}"; do
+        wait "${pids[$i]}"
+        status=$?
+        # 5: there was no test in it.
+        note "tests, ${names[$i]}" "$((status == 5 ? 0 : status))"
+        {
+            echo "=== ${names[$i]}"
+            tail -c 150000 "$scratch/tests.${names[$i]}"
+        } >>"$scratch/tests"
+    done
+    pids=()
+    names=()
+}
+
+for ((i = 0; i < shards; i++)); do
+    part 150 "values $((i + 1)) of $shards" -k "$chosen" --shard "$i/$shards"
 done
-status=0
-for pid in "${pids[@]}"; do
-    wait "$pid"
-    one=$?
-    [ "$one" -ne 0 ] && [ "$one" -ne 5 ] && [ "$status" -ne 1 ] && status=$one
+settle
+for ((i = 0; i < shards; i++)); do
+    part 80 "limits $((i + 1)) of $shards" -k "$limits" --shard "$i/$shards"
 done
-note tests "$status"
-limit 80 "${pytest[@]}" -k "$alone" >"$scratch/tests.$shards" 2>&1
-note "tests of large tensors, and checkers" $?
-for ((i = 0; i <= shards; i++)); do
-    echo "=== part $((i + 1)) of $((shards + 1))"
-    tail -c 400000 "$scratch/tests.$i"
-done >"$scratch/tests"
+for tool in "${checkers[@]}"; do
+    part 80 "$tool" -k "sanitizer and $tool"
+done
+settle
+part 60 "large tensors" -k "$large"
+settle
 keep "$scratch/tests" tests.txt
 
 # --- times -------------------------------------------------------------------------------------------------------------
 times=(--json "$out/times.json" --seconds 1.5)
 [ -n "$dry" ] && times+=(--dry-run --no-compile)
-limit 200 "$python" -m profiling.gpu_times "${times[@]}" >"$scratch/times" 2>"$scratch/times.err"
+limit 160 "$python" -m profiling.gpu_times "${times[@]}" >"$scratch/times" 2>"$scratch/times.err"
 status=$?
 {
     cat "$scratch/times"
@@ -126,7 +171,7 @@ if [ -n "$ncu" ]; then
     metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
     metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
     metrics+=,lts__t_sector_hit_rate.pct,smsp__inst_executed_op_local_st.sum
-    limit 60 "$ncu" --profile-from-start off --clock-control none --csv --metrics "$metrics" \
+    limit 50 "$ncu" --profile-from-start off --clock-control none --csv --metrics "$metrics" \
         "$python" "${one_pass[@]}" >"$scratch/ncu" 2>&1
     status=$?
     keep "$scratch/ncu" ncu.csv
@@ -139,7 +184,7 @@ fi
     grep -m 1 -i -E 'nvidia|name=' "$out/machine.txt" || echo "no GPU"
     printf '%s\n' "${results[@]}"
     echo
-    grep -h -E '^(=== part|[0-9]+ (passed|failed)|.*(passed|failed|skipped).* in )' "$out/tests.txt"
+    grep -h -E '^(=== |[0-9]+ (passed|failed)|.*(passed|failed|skipped).* in )' "$out/tests.txt"
     grep -h -E '^(FAILED|ERROR) ' "$out/tests.txt" | cut -c 1-200 | head -n 40
     echo
     cut -c 1-200 "$out/times.txt" | head -n 40

@@ -6,9 +6,13 @@ from functools import cache
 
 import pytest
 import torch
+from torch import Tensor
+
+# Lets the tests for a GPU run on CPU tensors, in the interpreter: to find what has nothing to do with one.
+DRY_RUN = os.environ.get("TIGER_FAST_GPU_DRY_RUN") == "1"
 
 # Read when Triton is first imported, by whatever test comes first: where there is no GPU its kernels run in its interpreter.
-if not torch.cuda.is_available():
+if DRY_RUN or not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
@@ -48,9 +52,6 @@ def _patch_language_once() -> None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     _patch_language_once()
 
-# Lets the tests for a GPU run on CPU tensors, in the interpreter: to find what has nothing to do with one.
-DRY_RUN = os.environ.get("TIGER_FAST_GPU_DRY_RUN") == "1"
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
@@ -58,6 +59,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, metavar="N", help="run N random cases of tests/test_native_fuzz.py")
 
 
+@pytest.hookimpl(trylast=True)  # parts are of what -k and -m have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     no_gpu = pytest.mark.skip(reason="needs a CUDA GPU, and torch.cuda.is_available() is False")
     not_asked = pytest.mark.skip(reason="slow; runs with --slow")
@@ -70,3 +72,19 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         index, parts = map(int, shard.split("/"))
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % parts != index])
         items[:] = items[index::parts]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a kernel leaves unwritten is NaN (or an absurd integer)."""
+
+    def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def filled(*arguments: object, **keywords: object) -> Tensor:
+            fresh = function(*arguments, **keywords)
+            return fresh.fill_(torch.nan if fresh.is_floating_point() else 7) if fresh.numel() else fresh
+
+        return filled
+
+    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
+    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
+    monkeypatch.setattr(torch, "empty", fill(torch.empty))

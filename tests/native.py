@@ -166,6 +166,23 @@ def check(
             )
 
 
+# --- layouts --------------------------------------------------------------------------------------------------------
+
+
+def transposed(value: Tensor) -> Tensor:
+    """The same numbers with the last two dimensions the other way round in memory."""
+    return value.mT.contiguous().mT if value.dim() > 1 else value
+
+
+def sliced(value: Tensor) -> Tensor:
+    """The same numbers within a wider tensor, its rows not aligned."""
+    if not value.dim():
+        return value
+    wide = value.new_zeros((*value.shape[:-1], value.shape[-1] + 3))
+    wide[..., 1:-2] = value
+    return wide[..., 1:-2]
+
+
 # --- operator calls -------------------------------------------------------------------------------------------------
 
 

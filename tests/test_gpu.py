@@ -18,7 +18,8 @@ pytest.importorskip("triton")
 import torch
 from conftest import DRY_RUN
 from helpers import CASES, PLAIN, call, leaves, make, relative_error, replaced, tensors, transform
-from native import Recorder, check, map_tensors, random_cotangents, raw_calls, run
+from native import Recorder, check, map_tensors, random_cotangents, raw_calls, run, sliced, transposed
+from paths import FEW, PATHS
 from torch import Tensor
 from torch._dynamo.utils import counters
 
@@ -27,7 +28,9 @@ from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import backends, triton
 
 pytestmark = pytest.mark.gpu
-on_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="is about CUDA itself, which a dry run has not")
+on_cuda = pytest.mark.skipif(
+    DRY_RUN or not torch.cuda.is_available(), reason="is about CUDA itself, which a dry run has not"
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -35,27 +38,10 @@ NAMESPACE = "tiger_fast_interpreted" if DRY_RUN else "tiger_fast"
 FUNCTIONS = tuple(triton.NATIVE)
 NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
 NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
-OPS = FUNCTIONS
 TYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOW = (torch.bfloat16, torch.float16)
 MEDIUM = {"B": 2, "N": 67, "D": 96, "R": 16, "C": 40}
 SMALL = {"B": 2, "T": 2, "M": 3, "N": 3, "D": 8, "R": 3, "C": 4, "G": 3}
-
-
-@pytest.fixture
-def poisoned(monkeypatch) -> None:
-    """What a kernel leaves unwritten is NaN (or an absurd integer)."""
-
-    def fill(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def filled(*arguments: object, **keywords: object) -> Tensor:
-            fresh = function(*arguments, **keywords)
-            return fresh.fill_(torch.nan if fresh.is_floating_point() else 7) if fresh.numel() else fresh
-
-        return filled
-
-    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
-    monkeypatch.setattr(torch, "empty", fill(torch.empty))
 
 
 def on_device(arguments: dict) -> dict:
@@ -73,9 +59,14 @@ def sized(name: str, dtype: torch.dtype, companions: torch.dtype | None = None, 
     return on_device(arguments)
 
 
+def along(what: str, dtype: torch.dtype) -> tuple[str, dict]:
+    """A case and the arguments that take one of paths.py (in a dry run smaller ones)."""
+    path = PATHS[what]
+    return path.name, sized(path.name, dtype, **(FEW | path.sizes))
+
+
 def compare(name: str, arguments: dict) -> None:
-    # The interpreter rounds bfloat16 towards zero, which a GPU does not: twice the error there.
-    check(name, arguments, factor=4 if DRY_RUN else 2, shake=0, backend="triton")
+    check(name, arguments, shake=0, backend="triton")
 
 
 # --- values and gradients -------------------------------------------------------------------------------------------
@@ -102,10 +93,16 @@ def test_the_widths_of_real_models_agree(name, dtype, poisoned):
     compare(name, arguments)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("what", PATHS)
+def test_the_less_usual_paths_agree(what, dtype, poisoned):
+    compare(*along(what, dtype))
+
+
+# Several limits at once where each alone would only have the same code compiled again, for a second or so a kernel.
 LIMITS = [
-    *({"M": 1}, {"M": 16, "T": 2}, {"T": 1}, {"T": 32}, {"M": 16, "T": 32}, {"R": 1}, {"R": 256}, {"G": 1}, {"G": 9}),
-    *({"G": 32}, {"C": 1}, {"C": 300}, {"D": 1}, {"D": 7}, {"D": 1000}, {"N": 1}, {"B": 1, "N": 300}),
-    *({"B": 0}, {"N": 0}, {"B": 0, "N": 0}),
+    *({"M": 1, "T": 1, "R": 1, "G": 1, "C": 1}, {"M": 16, "T": 32, "R": 256, "G": 32}, {"G": 9, "C": 300}),
+    *({"D": 1}, {"D": 7}, {"D": 1000}, {"N": 1}, {"B": 1, "N": 300}, {"B": 0}, {"N": 0}, {"B": 0, "N": 0}),
 ]
 
 
@@ -122,17 +119,6 @@ def test_limits_and_odd_sizes_agree(name, sizes, poisoned):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_strides_change_nothing(name, poisoned):
     dense = sized(name, torch.bfloat16, **MEDIUM)
-
-    def transposed(value: Tensor) -> Tensor:
-        return value.mT.contiguous().mT if value.dim() > 1 else value
-
-    def sliced(value: Tensor) -> Tensor:
-        if not value.dim():
-            return value
-        wide = value.new_zeros((*value.shape[:-1], value.shape[-1] + 3))
-        wide[..., 1:-2] = value
-        return wide[..., 1:-2]
-
     given = random_cotangents(name, dense)
     expected, expected_found = run(name, dense, given, "triton")
     for change in (transposed, sliced):
@@ -145,7 +131,15 @@ def test_strides_change_nothing(name, poisoned):
 
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_the_same_bits_every_time(name):
-    arguments = sized(name, torch.bfloat16, B=4, N=257, D=768, M=4, T=5, R=32, C=40, G=4)
+    same_bits(name, sized(name, torch.bfloat16, B=4, N=257, D=768, M=4, T=5, R=32, C=40, G=4))
+
+
+@pytest.mark.parametrize("what", PATHS)
+def test_the_same_bits_every_time_on_the_less_usual_paths(what):
+    same_bits(*along(what, torch.bfloat16))
+
+
+def same_bits(name: str, arguments: dict) -> None:
     given = random_cotangents(name, arguments)
     expected, expected_found = run(name, arguments, given, "triton")
     for _ in range(2 if DRY_RUN else 100):
@@ -243,21 +237,29 @@ def test_functions_compile_with_the_default_compiler(name):
 
 
 @on_cuda
-@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("op", FUNCTIONS)
 def test_another_batch_compiles_no_kernel(op):
     launched = set()
 
-    def kernels_after(batch: int, tokens: int) -> int:
+    def run_at(batch: int, tokens: int) -> None:
         for one in calls(op, gpu_sizes(op, B=batch, N=tokens, D=64, heads=4), torch.bfloat16, DEVICE):
             with recording() as found:
                 one()
             launched.update(each.kernel for each in found)
             one()
+
+    def compiled() -> int:
         return sum(len(caches[0]) for kernel in launched for caches in kernel.device_caches.values())
 
-    first = kernels_after(2, 7)
-    assert first > 0
-    assert [kernels_after(*sizes) for sizes in ((1, 1), (1, 16), (3, 1000), (16, 17))] == [first] * 4
+    run_at(2, 7)
+    for kernel in launched:  # what other tests and sizes have compiled is forgotten
+        kernel.device_caches.clear()
+    run_at(2, 7)
+    first = compiled()
+    assert first >= len(launched) > 0
+    for sizes in ((1, 1), (1, 16), (3, 1000), (16, 17)):
+        run_at(*sizes)
+        assert compiled() == first, sizes
 
 
 # --- CUDA -----------------------------------------------------------------------------------------------------------
@@ -404,39 +406,46 @@ def test_samples_may_lie_further_apart_than_int32(name, released):
     assert all(value is None or close(value, expected_found[key]) for key, value in found.items())
 
 
-# So that the largest tensor of each has more than 2^31 elements, and all of them fit into 80 GB.
+# Elements of a token in the largest tensor, which is to have more than 2^31, and sizes with which all of them fit into 80 GB.
 WIDE = {
-    "route": {"T": 1, "M": 1, "R": 8, "D": 768},
-    "leave_one_out": {"T": 1, "M": 2, "D": 768},
-    "counterfactual_losses": {"M": 1, "C": 4, "D": 768},
-    "causal_target": {"T": 1, "M": 16},
-    "group_attention": {"G": 1, "D": 768, "heads": 12},
-    "group_attention_packed": {"G": 1, "D": 256, "heads": 4},
-    "adapter": {"C": 768, "D": 768},
-    "competency_aggregate": {"M": 1, "D": 768},
+    "route": (768, {"T": 1, "M": 1, "R": 8, "D": 768}),
+    "leave_one_out": (768, {"T": 1, "M": 2, "D": 768}),
+    "counterfactual_losses": (768, {"M": 1, "C": 4, "D": 768}),
+    "counterfactual_losses_from_projections": (768, {"M": 2, "C": 384}),
+    "causal_target": (16, {"T": 1, "M": 16}),
+    "alignment_loss": (16, {"T": 1, "M": 16}),
+    "alignment_loss attached": (16, {"T": 1, "M": 16}),
+    "group_attention": (768, {"G": 1, "D": 768, "heads": 12}),
+    "group_attention_packed": (768, {"G": 1, "D": 256, "heads": 4}),
+    "adapter": (768, {"C": 768, "D": 768}),
+    "competency_aggregate": (768, {"M": 1, "D": 768}),
 }
 
 
-@pytest.mark.parametrize("op", [op for op in WIDE if op in OPS])
-def test_tensors_may_have_more_elements_than_int32(op, released):
+@pytest.mark.parametrize("name", WIDE)
+def test_tensors_may_have_more_elements_than_int32(name, released):
     needs_memory(72)
-    row = max(WIDE[op].get("D", 0) * (3 if "packed" in op else 1), WIDE[op]["M"] if op == "causal_target" else 0)
+    op, _, attached = name.partition(" ")
+    row, sizes = WIDE[name]
     tokens = 37 if DRY_RUN else FAR // row + 5
+    sizes = gpu_sizes(op, **{"B": 1, "N": tokens, **sizes})
+    keywords = {"detach_target": False} if attached else {}
     # Every call apart, so that no more is held than it needs.
-    sizes = gpu_sizes(op, **{"B": 1, "N": tokens, **WIDE[op]})
-    for one in calls(op, sizes, torch.bfloat16, DEVICE, namespace=NAMESPACE):
-        results = one(NAMESPACE)
+    for one in calls(op, sizes, torch.bfloat16, DEVICE, namespace=NAMESPACE, **keywords):
+        results = as_list(one(NAMESPACE))
+        if one.name == "alignment_loss":
+            assert results[1] == tokens, "rows that count"
         for start in (0, tokens // 2, tokens - 3):
 
             def part(value: Tensor, start: int = start) -> Tensor:
                 axes = [i for i, size in enumerate(value.shape) if size == tokens]
                 return value.narrow(axes[0], start, 3) if axes else value
 
-            few = Call(one.name, tuple(map_tensors(part, one.arguments)))(NAMESPACE)
-            for a, b in zip(as_list(results), as_list(few), strict=True):
-                if tokens in a.shape:
-                    torch.testing.assert_close(part(a), b, rtol=2e-2, atol=2e-2)
-        del results
+            few = as_list(Call(one.name, tuple(map_tensors(part, one.arguments)))(NAMESPACE))
+            for a, b in zip(results, few, strict=True):
+                # Of the largest number, for a mean's gradients are as small as it has rows.
+                assert tokens not in a.shape or relative_error(part(a), b) < 5e-2
+        del results, a
 
 
 def as_list(results: Tensor | tuple | list) -> list[Tensor]:
@@ -446,7 +455,8 @@ def as_list(results: Tensor | tuple | list) -> list[Tensor]:
 # --- checkers -------------------------------------------------------------------------------------------------------
 
 EVERY_OPERATOR = """
-import sys, torch, tiger_fast
+import sys, torch
+from test_gpu import PATHS, along, random_cotangents, run
 from tiger_fast._examples import calls, gpu_sizes
 from tiger_fast.ops.triton import NATIVE
 device, namespace = sys.argv[1:]
@@ -456,6 +466,10 @@ for op in NATIVE:
         for call in calls(op, gpu_sizes(op, **sizes), dtype, device, namespace=namespace):
             call(namespace)
             print(call.name, dtype, flush=True)
+for what in PATHS:
+    name, arguments = along(what, torch.bfloat16)
+    run(name, arguments, random_cotangents(name, arguments), "triton")
+    print(what, flush=True)
 if device != "cpu":
     torch.cuda.synchronize()
 """
@@ -468,11 +482,12 @@ def test_the_sanitizer_finds_nothing(tool):
         pytest.skip("compute-sanitizer is not installed")
     checker = [] if DRY_RUN else [found, "--tool", tool, "--error-exitcode", "9"]
     # The caching allocator would hide an access past a tensor's end.
-    env = os.environ | {"PYTHONPATH": str(ROOT), "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    env = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*checker, sys.executable, "-c", EVERY_OPERATOR, DEVICE, NAMESPACE]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     said = done.stdout + done.stderr
     if "Device not supported" in said:
         pytest.skip("compute-sanitizer does not support this device or its virtual machine")
     assert done.returncode == 0, said[-4000:]
-    assert done.stdout.count("_backward torch.bfloat16") == len(OPS)
+    assert done.stdout.count("_backward torch.bfloat16") == len(FUNCTIONS)
+    assert set(PATHS) <= set(done.stdout.splitlines())

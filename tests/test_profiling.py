@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +34,12 @@ def test_without_a_gpu_the_check_says_so_and_ends_with_2(tmp_path):
     done = run("bash", "profiling/gpu_check.sh", tmp_path / "out")
     assert done.returncode == 2 and "there is no GPU here" in done.stderr
     assert "there is no GPU here" in (tmp_path / "out" / "summary.txt").read_text()
+
+
+def test_without_a_compiler_the_check_says_so_and_ends_with_2(tmp_path):
+    # `true` in Python's place finds that there is a GPU.
+    done = run("bash", "profiling/gpu_check.sh", tmp_path / "out", PYTHON="true", CC="/nonexistent")
+    assert done.returncode == 2 and "there is no C compiler (/nonexistent) here" in done.stderr
 
 
 def test_the_check_is_a_script_that_bash_reads():
@@ -70,3 +77,13 @@ def test_one_pass_in_a_dry_run_lists_forward_and_backward():
         "leave_one_out",
         "leave_one_out_backward",
     ]
+
+
+def test_the_tests_for_a_gpu_run_dry():
+    # One of each kind, of what the interpreter does fastest.
+    chosen = "causal_target and not (sharp or expert or float16) or alignment_loss and through"
+    options = ("-q", "-m", "gpu", "-k", chosen, "-o", "addopts=", "-p", "no:cacheprovider")
+    command = (sys.executable, "-m", "pytest", "tests/test_gpu.py", "tests/test_conformance.py", *options)
+    done = run(*command, TIGER_FAST_GPU_DRY_RUN="1")
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20, done.stdout[-4000:]

@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 import torch
 from helpers import ACTIVATIONS, CASES, PLAIN, call, leaves, make, replaced, tensors, transform
-from native import check, exactly, random_cotangents, raw_calls, run
+from native import check, exactly, random_cotangents, raw_calls, run, sliced, transposed
 from torch import Tensor
 
 import tiger_fast
@@ -21,28 +21,14 @@ if not backend.INTERPRETED:
 
 from tiger_fast.kernels import config
 
+pytestmark = pytest.mark.usefixtures("poisoned")
+
 FUNCTIONS = tuple(backend.NATIVE)
 NATIVE_CASES = [name for name, case in CASES.items() if case.function in FUNCTIONS]
 NATIVE_PLAIN = [PLAIN[function] for function in FUNCTIONS]
 SMALL = {"B": 2, "T": 2, "M": 3, "N": 3, "D": 8, "R": 3, "C": 4, "G": 3}
 # For what is not about values. Two experts are a number of arguments that Dynamo may take for one without a context.
 FEW = {"M": 2, "D": 4, "R": 2, "G": 2}
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What a kernel leaves unwritten is NaN (or an absurd integer), in every test here."""
-
-    def fill(function):
-        def filled(*arguments, **keywords):
-            fresh = function(*arguments, **keywords)
-            return fresh.fill_(torch.nan if fresh.is_floating_point() else 7) if fresh.numel() else fresh
-
-        return filled
-
-    monkeypatch.setattr(Tensor, "new_empty", fill(Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", fill(torch.empty_like))
-    monkeypatch.setattr(torch, "empty", fill(torch.empty))
 
 
 def small(name: str, dtype: torch.dtype = torch.float32, companions: torch.dtype | None = None, **sizes: int) -> dict:
@@ -137,17 +123,6 @@ def test_nothing_is_computed_from_nothing(name, sizes):
 @pytest.mark.parametrize("name", NATIVE_PLAIN)
 def test_strides_change_nothing(name):
     dense = small(name, N=5)
-
-    def transposed(value: Tensor) -> Tensor:
-        return value.mT.contiguous().mT if value.dim() > 1 else value
-
-    def sliced(value: Tensor) -> Tensor:
-        if not value.dim():
-            return value
-        wide = value.new_zeros((*value.shape[:-1], value.shape[-1] + 3))
-        wide[..., 1:-2] = value
-        return wide[..., 1:-2]
-
     given = random_cotangents(name, dense)
     expected = run(name, dense, given, "triton")
     for change in (transposed, sliced):

@@ -16,6 +16,10 @@ from torch.utils._pytree import tree_leaves
 
 pytest.importorskip("triton")
 
+from helpers import make, transform
+from native import raw_calls
+from paths import FEW, PATHS
+
 from profiling.static_report import OPS, launches_of
 from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.kernels import config
@@ -96,7 +100,6 @@ def test_a_tuned_file_goes_before_the_heuristic(tmp_path, monkeypatch):
     config.assume("sm_80")
     assert choose() != tuned, "it is of another architecture"
     config.assume(None)
-    assert config.choose("leave_one_out", CUDA, torch.float32, D=768, M=4) if torch.cuda.is_available() else True
     assert config.choose("leave_one_out", torch.device("meta"), torch.float32, D=768, M=4) != tuned, "of another type"
 
 
@@ -164,3 +167,17 @@ def test_no_choice_depends_on_the_batch_or_on_tokens(op):
                 launches_of(call)
             chosen[call.name].add(frozenset(made.items()))
     assert all(len(found) == 1 for found in chosen.values())
+
+
+@pytest.mark.parametrize("what", PATHS)
+def test_the_paths_that_are_checked_on_a_gpu_are_taken(what):
+    path = PATHS[what]
+    for dtype in (torch.float32, torch.bfloat16):
+        arguments = transform(lambda t: t.to("meta"), make(path.name, dtype, **(FEW | path.sizes)))
+        made = [
+            Call(op.name().split("::")[1], tuple(values)) for op, values in raw_calls(path.name, arguments, "triton")
+        ]
+        launched = [launch for call in made for launch in launches_of(call)]
+        for name, holds in path.takes.items():
+            found = [launch.constants for launch in launched if launch.kernel.fn.__name__ == name]
+            assert found and all(map(holds, found)), (name, dtype, [launch.kernel.fn.__name__ for launch in launched])

@@ -307,4 +307,4 @@ def test_configurations_are_legal_for_every_width(arch, itemsize):
             for c in chosen:
                 assert c.rows.bit_count() == c.width.bit_count() == c.num_warps.bit_count() == 1
                 assert c.rows * c.width * itemsize == 16 * c.num_warps * limits.warp  # 16 bytes a thread
-                assert c.resident >= 1 and (c.group == 0) == (c.group == 0 and D > 1024)
+                assert c.resident >= 1 and (c.group > 0 or D > 1024), "short rows stay in registers"
