@@ -16,7 +16,10 @@ from tiger_fast.kernels.launch import Launch
 
 @dataclass(frozen=True)
 class Report:
-    """One kernel as compiled for one architecture. Bytes of stack and spills are a thread's."""
+    """One kernel as compiled for one architecture. Bytes of stack and spills are a thread's.
+
+    narrow_tiles: loads of tiles along a step (BLOCK_D, BLOCK_C) that are under 128 bits a thread, as Triton laid them out;
+    for NVIDIA."""
 
     kernel: str
     arch: str
@@ -29,6 +32,7 @@ class Report:
     max_store_bits: int
     min_load_bits: int
     matrix_instructions: int
+    narrow_tiles: list[str]
     resident_programs: int
 
 
@@ -149,6 +153,24 @@ def _widths(loads: list[int], stores: list[int]) -> dict[str, int]:
     }
 
 
+_LOAD = re.compile(r"(?:tt\.load|async_copy_global_to_local)[^\n]*?tensor<(\d+)x(\d+)x!tt\.ptr<\w*?(\d+)>, (#\w+)>")
+_LAYOUT = re.compile(r"(#\w+) = #ttg\.blocked<\{sizePerThread = \[(\d+), (\d+)\].*?order = \[(\d), \d\]")
+
+
+def _narrow_tiles(kernel: object, constants: dict) -> list[str]:
+    layouts = {
+        name: (int(rows), int(columns))[int(first)]
+        for name, rows, columns, first in _LAYOUT.findall(kernel.asm["ttgir"])
+    }
+    steps = {constants.get(name) for name in ("BLOCK_D", "BLOCK_C")}
+    found = set()
+    for rows, columns, bits, layout in _LOAD.findall(kernel.asm["ttgir"]):
+        width = layouts.get(layout, 0) * int(bits)
+        if int(columns) in steps and width < 128:
+            found.add(f"{rows} x {columns} of {bits} bits by {width}")
+    return sorted(found)
+
+
 def report(launch: Launch, arch: str) -> Report:
     """Compiles a launch for an architecture and reads the binary."""
     kernel = compiled(launch, arch)
@@ -162,6 +184,7 @@ def report(launch: Launch, arch: str) -> Report:
         arch=arch,
         config={key: value for key, value in launch.constants.items()},
         shared_bytes=kernel.metadata.shared,
+        narrow_tiles=_narrow_tiles(kernel, launch.constants) if arch.startswith("sm_") else [],
         resident_programs=min(limits.registers // registers, by_shared, 2048 // threads, 32),
         **found,
     )

@@ -101,10 +101,10 @@ def precision(tensor: Tensor) -> str:
     return "tf32" if allowed and architecture(tensor.device).tf32 else "ieee"
 
 
-def unspilled(device: torch.device) -> dict[str, int]:
+def unspilled(device: torch.device, registers: int = 255) -> dict[str, int]:
     """A launch's constants that keep ptxas from spilling a few registers for the sake of one more resident program, as it
-    does without a limit: it then uses what it needs, up to all that a thread can have."""
-    return {"maxnreg": 255} if architecture(device).name.startswith("sm_") else {}
+    does without a limit: it then uses what it needs, up to so many a thread."""
+    return {"maxnreg": registers} if architecture(device).name.startswith("sm_") else {}
 
 
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
@@ -297,10 +297,9 @@ def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) ->
         return Config(rows=16, width=0, num_warps=4, group=0)
     rows = 32 if itemsize == 2 and M <= 4 and (M + 3) * classes <= 448 else 16
     stages = 3 if arch.warp == 32 else 2
-    # Rows of whole lines of 128 bytes, if there is room; operands of float32 products are in registers too.
-    widths = (64, 32) if itemsize == 2 else (16,)
+    # Rows of whole lines of 128 bytes, if there is room.
     shared = stages * (rows * M + classes) * itemsize
-    width = next((w for w in widths if w * shared <= arch.shared_of_program), 16)
+    width = next((w for w in (128 // itemsize, 64 // itemsize) if w * shared <= arch.shared_of_program), 16)
     return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, classes)
 
 

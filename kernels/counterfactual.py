@@ -185,6 +185,8 @@ def counterfactual_losses(
             if keep:
                 kept[part].copy_(projections[..., :classes].transpose(1, 2))
         return full, without, kept
+    # Products in float32 are done in registers, where ptxas would rather spill than have four programs resident.
+    limit = config.unspilled(weights.device, 128 if members > 1 else 255) if head.dtype == torch.float32 else {}
     launch(
         from_experts,
         batch * triton.cdiv(tokens, c.rows),
@@ -213,6 +215,7 @@ def counterfactual_losses(
         BLOCK_D=c.width,
         num_warps=c.num_warps,
         num_stages=c.num_stages,
+        **limit,
     )
     return full, without, kept
 

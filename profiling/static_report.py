@@ -214,6 +214,10 @@ NARROW: dict[str, str] = {
     "counterfactual_tokens_from_projections": "the bias, as above",
     "counterfactual_tokens_gradients": "the bias, as above",
 }
+# Kernels that may load tiles along a step with less than 128 bits a thread: why.
+NARROW_TILES: dict[str, str] = {
+    "route_factors": "shift (T, D), as above",
+}
 # Kernels all of whose loads may be under 128 bits: why.
 SHORT: dict[str, str] = {
     "competency_aggregate_confidences": "confidences (B, M), some hundred numbers in all",
@@ -252,6 +256,8 @@ def problems(row: dict, multiplying: bool) -> list[str]:
     loads = row["max_load_bits"] > 0  # one expert's leave-one-out loads nothing
     if loads and row["max_load_bits"] < row["row_bits"] and row["kernel"] not in SHORT:
         found.append(f"no load wider than {row['max_load_bits']} bits")
+    if row["row_bits"] == 128 and row["narrow_tiles"] and row["kernel"] not in NARROW_TILES:
+        found.append(f"narrow loads: {', '.join(row['narrow_tiles'])}")
     if loads and narrow_type and row["min_load_bits"] < min(32, row["row_bits"]) and row["kernel"] not in NARROW:
         found.append(f"loads of {row['min_load_bits']} bits")
     if multiplying and narrow_type and not row["matrix_instructions"]:

@@ -55,6 +55,28 @@ def test_products_compile_where_float32_cannot_be_rounded_to_tf32():
     assert "counterfactual_tokens_from_experts | bfloat16" in done.stdout
 
 
+NARROW = """
+from dataclasses import replace
+import torch
+from profiling import static_report
+from tiger_fast._examples import calls, gpu_sizes
+from tiger_fast.kernels import aot, config
+config.assume("sm_90")
+(call, *_) = calls("counterfactual_losses", gpu_sizes("counterfactual_losses"), torch.float32)
+with config.trying({}) as made:
+    static_report.launches_of(call)
+with config.trying({key: replace(c, width=16) for key, c in made.items()}):
+    (launch,) = static_report.launches_of(call)
+print(aot.report(launch, "sm_90").narrow_tiles)
+"""
+
+
+def test_a_tile_too_small_for_whole_vectors_is_seen():
+    done = child("-c", NARROW)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert "16 x 16 of 32 bits by 64" in done.stdout
+
+
 PLANTED = """
 import sys
 from profiling import static_report
@@ -85,6 +107,7 @@ GOOD = {
     "arch": ARCH,
     "dtype": "bfloat16",
     "row_bits": 128,
+    "narrow_tiles": [],
     "stack_bytes": 0,
     "spill_bytes": 0,
     "shared_bytes": 227 << 10,
@@ -106,6 +129,7 @@ def test_a_good_kernel_is_not_refused():
         ({"shared_bytes": (227 << 10) + 1}, "of shared memory"),
         ({"max_load_bits": 64}, "no load wider than 64 bits"),
         ({"min_load_bits": 16}, "loads of 16 bits"),
+        ({"narrow_tiles": ["16 x 16 of 32 bits by 64"]}, "narrow loads: 16 x 16 of 32 bits by 64"),
         ({"matrix_instructions": 0}, "without matrix instructions"),
         ({"error": "CompilationError: x"}, "CompilationError"),
     ],
