@@ -162,7 +162,8 @@ def _narrow_tiles(kernel: object, constants: dict) -> list[str]:
         name: (int(rows), int(columns))[int(first)]
         for name, rows, columns, first in _LAYOUT.findall(kernel.asm["ttgir"])
     }
-    steps = {constants.get(name) for name in ("BLOCK_D", "BLOCK_C")}
+    # A tile as wide as the tasks' would be taken for one of theirs, which lie T apart.
+    steps = {constants.get(name) for name in ("BLOCK_D", "BLOCK_C")} - {constants.get("BLOCK_T")}
     found = set()
     for rows, columns, bits, layout in _LOAD.findall(kernel.asm["ttgir"]):
         width = layouts.get(layout, 0) * int(bits)

@@ -186,7 +186,7 @@ def counterfactual_losses(
                 kept[part].copy_(projections[..., :classes].transpose(1, 2))
         return full, without, kept
     # Products in float32 are done in registers, where ptxas would rather spill than have four programs resident.
-    limit = config.unspilled(weights.device, 128 if members > 1 else 255) if head.dtype == torch.float32 else {}
+    limit = config.unspilled(weights.device, 128 if 1 < members <= 4 else 255) if head.dtype == torch.float32 else {}
     launch(
         from_experts,
         batch * triton.cdiv(tokens, c.rows),
