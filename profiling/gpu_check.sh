@@ -6,7 +6,8 @@
 # import; and a C compiler with Python's headers, with which Triton builds its launchers as it compiles kernels. Each step has a
 # time limit of its own, and what it has written by then counts. Writes at most 8 files into DIR, each under 16 MiB.
 # GPU_CHECK_SECONDS is the limit for everything (570), GPU_CHECK_SHARDS the number of processes for the tests (one a core, at
-# most 12), PYTHON the Python. GPU_CHECK_DRY_RUN=1 runs every step small and without a GPU or a compiler.
+# most 12), PYTHON the Python (that of .venv if there is one, else python3). GPU_CHECK_DRY_RUN=1 runs every step small and without
+# a GPU or a compiler.
 # Ends with 0 if all steps did, 1 if one failed, 2 where there is no GPU or no compiler.
 set -uo pipefail
 if [ $# -ne 1 ]; then
@@ -16,7 +17,7 @@ fi
 mkdir -p "$1" || exit 64
 out=$(cd "$1" && pwd)
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 64
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
 dry=${GPU_CHECK_DRY_RUN:-}
 cores=$(nproc)
 shards=${GPU_CHECK_SHARDS:-$((cores < 12 ? cores : 12))}
@@ -64,6 +65,11 @@ print("triton", triton.__version__)
 for i in range(torch.cuda.device_count()):
     print(i, torch.cuda.get_device_properties(i))'
 } >"$out/machine.txt" 2>&1
+if ! limit 60 "$python" -c 'import torch, triton, pytest'; then
+    echo "$python has not all of torch, Triton and pytest (PYTHON names another): nothing was checked" |
+        tee "$out/summary.txt" >&2
+    exit 2
+fi
 if [ -z "$dry" ] && ! limit 60 "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
     echo "there is no GPU here that torch can use: nothing was checked" | tee "$out/summary.txt" >&2
     exit 2

@@ -12,7 +12,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tiger_fast._examples import Call, calls, gpu_sizes
-from tiger_fast.ops.triton import NATIVE
+from tiger_fast.ops.triton import INTERPRETED, NATIVE
 
 OPS = tuple(NATIVE)
 DRY = {"B": 1, "N": 4, "D": 16, "M": 2, "T": 2, "R": 4, "C": 16, "G": 2, "heads": 1}
@@ -59,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="small, in Triton's interpreter: shows that this runs")
     options = parser.parse_args(arguments)
     cuda = not options.dry_run
+    if options.dry_run and not INTERPRETED:
+        parser.error("a dry run is one in Triton's interpreter: set TRITON_INTERPRET=1")
     if cuda and not torch.cuda.is_available():
         print("there is no GPU here that torch can use: nothing to profile", file=sys.stderr)
         return 2

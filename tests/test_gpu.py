@@ -28,9 +28,7 @@ from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import backends, triton
 
 pytestmark = pytest.mark.gpu
-on_cuda = pytest.mark.skipif(
-    DRY_RUN or not torch.cuda.is_available(), reason="is about CUDA itself, which a dry run has not"
-)
+on_cuda = pytest.mark.skipif(DRY_RUN or not torch.cuda.is_available(), reason="needs a CUDA GPU, also in a dry run")
 
 ROOT = Path(__file__).resolve().parents[1]
 DEVICE = "cpu" if DRY_RUN else "cuda"
