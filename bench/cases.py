@@ -121,11 +121,8 @@ class Case:
 
     def tensor_bytes(self, direction: str) -> tuple[int, int]:
         """(bytes of the arguments, bytes of what a call returns), cotangents and gradients included."""
-        given = tensors(self.arguments)
-        returned = tensors(self.call(self.function("reference"), direction)())
-        if direction == BOTH:
-            given = [*given, *(self._cotangents or ())]
-        return _size(given), _size(returned)
+        returned = size(self.call(self.function("reference"), direction)())
+        return size(self.arguments) + (size(self._cotangents or []) if direction == BOTH else 0), returned
 
 
 def footprint(op: str, sizes: Sizes, direction: str, **keywords: Any) -> int:
@@ -157,8 +154,9 @@ def _without_gradient(function: Callable[..., Any], arguments: dict[str, Any]) -
         return function(**arguments)
 
 
-def _size(values: Sequence[Tensor]) -> int:
-    return sum(t.numel() * t.element_size() for t in values)
+def size(values: Any) -> int:
+    """Bytes of all tensors in a nested value."""
+    return sum(t.numel() * t.element_size() for t in tensors(values))
 
 
 # -- peers -------------------------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.cases import DIRECTIONS, FORWARD, STATED_SIZES, Case, Sizes, peers, tensors
+from bench.cases import DIRECTIONS, FORWARD, STATED_SIZES, Case, Sizes, peers, size
 from tiger_fast.ops import triton
 
 # The most important first: where time runs out, the last are left out.
@@ -75,11 +75,6 @@ def sizes_of(op: str, dry_run: bool) -> Sizes:
     """The default GPU shape, which has the CPU's widths; a small one for a dry run."""
     stated = replace(STATED_SIZES.get(op, Sizes()), B=32)
     return replace(stated, B=1, N=8, D=48, C=48, R=4) if dry_run else stated
-
-
-def size(values: Any) -> int:
-    """Bytes of all tensors in a nested value."""
-    return sum(t.numel() * t.element_size() for t in tensors(values))
 
 
 def copies(case: Case, op: str, dtype: torch.dtype, device: str, cache: int) -> list[Case]:

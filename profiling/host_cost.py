@@ -8,9 +8,8 @@ Triton's own share of a launch is not in the numbers.
 
 import argparse
 import sys
-import time
+import timeit
 from collections.abc import Callable, Sequence
-from importlib import import_module
 
 import torch
 
@@ -24,13 +23,7 @@ SIZES = Sizes(B=1, N=16, D=64, R=8, C=8, heads=2)
 
 def microseconds(function: Callable[[], object], rounds: int) -> float:
     """The best of `rounds` turns of five calls each, a call's."""
-    best = float("inf")
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        for _ in range(5):
-            function()
-        best = min(best, time.perf_counter() - begin)
-    return best / 5 * 1e6
+    return min(timeit.repeat(function, number=5, repeat=rounds)) / 5 * 1e6
 
 
 def layers(op: str, device: str, rounds: int) -> dict[str, float]:
@@ -38,8 +31,7 @@ def layers(op: str, device: str, rounds: int) -> dict[str, float]:
     namespace = "tiger_fast" if device == "cuda" else "tiger_fast_interpreted"
     tensors, others = arguments(op, SIZES, torch.bfloat16, device)
     call = calls_of(op, tensors, others, namespace)[0]
-    module = next(module for module, names in triton._MODULES.items() if op in names)
-    launcher = getattr(import_module(f"tiger_fast.kernels.{module}"), op)
+    launcher = triton.launcher(op)
     public, leaves = getattr(functional, op), with_gradients(op, tensors, others)
     with recording():
         found = {

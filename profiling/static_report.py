@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
@@ -23,12 +22,11 @@ from triton.runtime.jit import JITFunction
 from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.kernels import aot, config
 from tiger_fast.kernels.launch import Launch, recording
-from tiger_fast.ops.triton import _MODULES, NATIVE
+from tiger_fast.ops.triton import NATIVE, launcher
 from tiger_fast.reference import TOKEN_LOSSES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = Path(__file__).with_name("static")
-MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 OPS = tuple(NATIVE)
 
 
@@ -115,7 +113,7 @@ CASES: dict[str, Callable[[], Iterator[Case]]] = {"default": default_cases, "all
 def launches_of(call: Call) -> list[Launch]:
     """What an operator's launcher would launch, on meta tensors."""
     with recording() as launches:
-        getattr(import_module(f"tiger_fast.kernels.{MODULE_OF[call.name]}"), call.name)(*call.arguments)
+        launcher(call.name)(*call.arguments)
     return launches
 
 
@@ -159,18 +157,15 @@ def _compile(job: Job, results: Connection) -> None:
     try:
         found = asdict(aot.report(job.launch, job.arch))
     except Exception as problem:  # a row of its own: the other kernels are still to be compiled
-        text = str(problem).strip().splitlines()
-        found = {
-            "error": f"{type(problem).__name__}: {text[-1] if text else ''}"
-        }  # the last line says what, the first where
+        text = str(problem).strip().splitlines() or [""]
+        found = {"error": f"{type(problem).__name__}: {text[-1]}"}  # the last line says what, the first where
     results.send(found | {"seconds": round(time.monotonic() - begin, 1)})
 
 
 def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Callable[[str], None]) -> list[dict]:
     """A row for each job, with its `problems`. One that takes longer than `limit` seconds has an error for its numbers."""
-    fork = multiprocessing.get_context(
-        "fork"
-    )  # a child that had to import torch again would take longer than a compile
+    # A child that had to import torch again would take longer than a compile.
+    fork = multiprocessing.get_context("fork")
     waiting, running, rows = list(enumerate(work)), {}, {}
     while waiting or running:
         while waiting and len(running) < processes:

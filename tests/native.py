@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from helpers import CASES, PLAIN, call, replaced, tensors, transform
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tiger_fast._examples import Recorder
 from tiger_fast.ops import cpu
 
 FUNCTIONS = tuple(cpu.NATIVE) if cpu.LOADED else ()
@@ -184,23 +184,6 @@ def sliced(value: Tensor) -> Tensor:
 
 
 # --- operator calls -------------------------------------------------------------------------------------------------
-
-
-class Recorder(TorchDispatchMode):
-    """Every operator that is called within, in order: (operator, arguments, result)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple] = []
-
-    def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
-        result = operator(*arguments, **(keywords or {}))
-        self.calls.append((operator, arguments, result))
-        return result
-
-    def native(self) -> list[tuple]:
-        """The calls of this library's operators."""
-        return [entry for entry in self.calls if entry[0].namespace.startswith("tiger_fast")]
 
 
 def raw_calls(name: str, arguments: dict, backend: str = "cpu") -> list[tuple]:

@@ -18,12 +18,12 @@ pytest.importorskip("triton")
 import torch
 from conftest import DRY_RUN
 from helpers import CASES, PLAIN, call, leaves, make, relative_error, replaced, tensors, transform
-from native import Recorder, check, map_tensors, random_cotangents, raw_calls, run, sliced, transposed
+from native import check, map_tensors, random_cotangents, raw_calls, run, sliced, transposed
 from paths import FEW, PATHS
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from tiger_fast._examples import Call, calls, gpu_sizes
+from tiger_fast._examples import Call, Recorder, calls, gpu_sizes
 from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import backends, triton
 

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tiger_fast
 from tiger_fast import functional, reference
+from tiger_fast._examples import Recorder
 from tiger_fast.ops import backends, cpu
 
 if not cpu.LOADED:
@@ -34,7 +35,6 @@ from native import (
     NATIVE_PLAIN,
     SPACING,
     TYPES,
-    Recorder,
     check,
     lazily_mapped,
     random_cotangents,

@@ -2,15 +2,15 @@
 what benchmarks time, the autotune tunes and the static report compiles."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from tiger_fast import functional
 from tiger_fast.ops import triton
@@ -69,28 +69,25 @@ def arguments(
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, device=device, generator=generator)
 
-    def placed(name: str, value: Any) -> Any:
-        if isinstance(value, list):
-            return [placed(name, member) for member in value]
+    def placed(name: str, value: Tensor) -> Tensor:
         if name in _IN_FLOAT32 or not value.is_floating_point():
             return value
         parameter = name in _PARAMETERS or name.endswith(("_weight", "_bias"))
         return value.to((parameters or dtype) if parameter else dtype)
 
     others = _keywords(op, sizes) | keywords
-    return {name: placed(name, value) for name, value in _BUILDERS[op](sizes, normal, others).items()}, others
+    drawn = _BUILDERS[op](sizes, normal, others)
+    return {name: tree_map(partial(placed, name), value) for name, value in drawn.items()}, others
 
 
 def with_gradients(op: str, tensors: Mapping[str, Any], others: Mapping[str, Any]) -> dict[str, Any]:
     """The same tensors as leaves that want gradients, except a target, and differences that are held fixed."""
     held = {"target", "delta"} if op == "alignment_loss" and others.get("detach_target", True) else {"target"}
 
-    def leaf(value: Any) -> Any:
-        if isinstance(value, list):
-            return [leaf(member) for member in value]
+    def leaf(value: Tensor) -> Tensor:
         return value.detach().requires_grad_() if value.is_floating_point() else value
 
-    return {name: value if name in held else leaf(value) for name, value in tensors.items()}
+    return {name: value if name in held else tree_map(leaf, value) for name, value in tensors.items()}
 
 
 # --- calls of operators ---------------------------------------------------------------------------------------------
@@ -107,24 +104,21 @@ class Call:
         return getattr(getattr(torch.ops, namespace), self.name)(*self.arguments)
 
 
-class _Recorder(TorchDispatchMode):
-    def __init__(self, namespace: str) -> None:
+class Recorder(TorchDispatchMode):
+    """Every operator that is called within, in order: (operator, arguments, result)."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.namespace, self.calls = namespace, []
+        self.calls: list[tuple] = []
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func.namespace == self.namespace:
-            # All in order: an argument that a caller left out has its default.
-            rest = {argument.name: argument.default_value for argument in func._schema.arguments[len(args) :]}
-            self.calls.append(Call(func.name().split("::")[1], (*args, *(rest | (kwargs or {})).values())))
-        return func(*args, **(kwargs or {}))
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: tuple = (), keywords: dict | None = None) -> Any:
+        result = operator(*arguments, **(keywords or {}))
+        self.calls.append((operator, arguments, result))
+        return result
 
-
-@contextmanager
-def recorded(namespace: str = NAMESPACE) -> Iterator[list[Call]]:
-    """Within the context, every call of an operator of the namespace is listed, and made."""
-    with _Recorder(namespace) as recorder:
-        yield recorder.calls
+    def native(self) -> list[tuple]:
+        """The calls of this library's operators."""
+        return [entry for entry in self.calls if entry[0].namespace.startswith("tiger_fast")]
 
 
 def calls_of(op: str, tensors: Mapping[str, Any], others: Mapping[str, Any], namespace: str = NAMESPACE) -> list[Call]:
@@ -138,15 +132,16 @@ def calls_of(op: str, tensors: Mapping[str, Any], others: Mapping[str, Any], nam
     def call(given: Mapping[str, Any]) -> list[Tensor]:
         return tree_leaves(triton.NATIVE[op](*((given | others)[name] for name in order), namespace=namespace))
 
-    with recorded(namespace) as alone, torch.no_grad():
-        call(tensors)
-    given = with_gradients(op, tensors, others)
-    wanted = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
-    with recorded(namespace) as both:
+    def both() -> None:
+        given = with_gradients(op, tensors, others)
+        wanted = [t for t in tree_leaves(given) if isinstance(t, Tensor) and t.requires_grad]
         outputs = call(given)
         torch.autograd.grad(outputs, wanted, [torch.randn_like(t) for t in outputs])
-    both = [Call(each.name, _detached(each.arguments)) for each in both]
-    return both if _plain(alone[0]) == _plain(both[0]) else [*alone, *both]
+
+    with torch.no_grad():
+        (alone,) = _made_by(lambda: call(tensors))
+    forward, backward = _made_by(both)
+    return [forward, backward] if _plain(alone) == _plain(forward) else [alone, forward, backward]
 
 
 def calls(
@@ -162,10 +157,13 @@ def calls(
     return calls_of(op, *arguments(op, sizes, dtype, device, parameters, **keywords), namespace)
 
 
-def _detached(value: Any) -> Any:
-    if isinstance(value, (tuple, list)):
-        return type(value)(map(_detached, value))
-    return value.detach() if isinstance(value, Tensor) else value
+def _made_by(function: Callable[[], Any]) -> list[Call]:
+    # The results go with the recorder: no more is held than the calls need.
+    with Recorder() as recorder:
+        function()
+    return [
+        Call(operator._opname, tree_map_only(Tensor, torch.detach, given)) for operator, given, _ in recorder.native()
+    ]
 
 
 def _plain(call: Call) -> tuple:

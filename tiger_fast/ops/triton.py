@@ -71,27 +71,29 @@ def missing() -> str | None:
     return None if found else "Triton is not installed: pip install 'tiger_fast[triton]'"
 
 
-def _implementation(module: str, name: str, device: str) -> Callable:
-    @cache
-    def launcher() -> Callable:
-        return getattr(import_module(f"tiger_fast.kernels.{module}"), name)
+@cache
+def launcher(name: str) -> Callable:
+    """What an operator of this name runs; Triton is imported with it."""
+    module = next(module for module, names in _MODULES.items() if name in names)
+    return getattr(import_module(f"tiger_fast.kernels.{module}"), name)
 
+
+def _implementation(name: str, device: str) -> Callable:
     def run(*arguments: object) -> object:
         # Autograd is on where no autograd.Function is around, as in exported programs, and autocast in a backward that is
         # called under it: the library's products would refuse to write into our memory, or round.
         with torch.no_grad():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    return launcher()(*arguments)
-            return launcher()(*arguments)
+                    return launcher(name)(*arguments)
+            return launcher(name)(*arguments)
 
     return run
 
 
 def _register(library: torch.library.Library, device: str) -> None:
-    for module, names in _MODULES.items():
-        for name in names:
-            library.impl(name, _implementation(module, name, device), device.upper())
+    for name in (name for names in _MODULES.values() for name in names):
+        library.impl(name, _implementation(name, device), device.upper())
 
 
 _register(LIBRARY, "cuda")
