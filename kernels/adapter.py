@@ -392,12 +392,10 @@ def _shape(name: str, like: Tensor, width: int) -> tuple[config.Config, dict[str
     c = config.choose(name, like.device, like.dtype, D=width)
     return c, {
         "D": width,
-        "HELD": c.group,
+        "HELD": c.held,
         "BLOCK_N": c.rows,
         "BLOCK_D": c.width,
-        "num_warps": c.num_warps,
-        "num_stages": c.num_stages,
-        **config.unspilled(like.device),
+        **c.options,
     }
 
 
@@ -410,7 +408,7 @@ def _normalized(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     rows, width = _count(x), x.shape[-1]
     out = x.new_empty((rows, width))
     sizes, x_strides = joined(x.shape[:-1], x)
-    c, shape = _shape("adapter", x, width)
+    c, shape = _shape("adapter_in_forward", x, width)
     launch(
         _in_forward,
         triton.cdiv(rows, c.rows),
@@ -457,7 +455,7 @@ def adapter(
     y = _normalized(x, norm_in_weight, norm_in_bias, eps)
     torch.mm(y, linear_weight.to(x.dtype).t(), out=linear)
     torch.mm(y, gate_weight.to(x.dtype).t(), out=gate)
-    c, shape = _shape("adapter", x, width)
+    c, shape = _shape("adapter_out_forward", x, width)
     launch(
         _out_forward,
         triton.cdiv(rows, c.rows),

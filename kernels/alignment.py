@@ -299,21 +299,20 @@ def _rows(tensor: Tensor) -> int:
     return tensor.numel() // tensor.shape[-1]
 
 
-def _shape(delta: Tensor) -> tuple[int, dict[str, int]]:
-    # The number of tiles, and the constants of every kernel here.
-    c = config.choose("alignment", delta.device, delta.dtype, M=delta.shape[-1])
+def _shape(kernel: str, delta: Tensor) -> tuple[int, dict[str, int]]:
+    # The number of tiles, and the constants of a kernel.
+    c = config.choose(kernel, delta.device, delta.dtype, M=delta.shape[-1])
     return triton.cdiv(_rows(delta), c.rows), {
         "M": delta.shape[-1],
         "BLOCK_R": c.rows,
         "BLOCK_M": c.width,
-        "num_warps": c.num_warps,
-        "num_stages": c.num_stages,
+        **c.options,
     }
 
 
 def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
     """p (..., M): see the module."""
-    blocks, shape = _shape(delta)
+    blocks, shape = _shape("causal_target", delta)
     out = delta.new_empty(delta.shape, dtype=torch.float32)
     sizes, delta_strides = joined(delta.shape[:-1], delta)
     launch(
@@ -335,7 +334,7 @@ def causal_target(delta: Tensor, tau: float, eps: float) -> Tensor:
 
 def causal_target_backward(grad: Tensor, delta: Tensor, tau: float, eps: float) -> Tensor:
     """The gradient of `delta`."""
-    blocks, shape = _shape(delta)
+    blocks, shape = _shape("causal_target_backward", delta)
     out = delta.new_empty(delta.shape)
     sizes, delta_strides, grad_strides = joined(delta.shape[:-1], delta, grad)
     launch(
@@ -374,7 +373,7 @@ def alignment_loss(
     delta: Tensor, weights: Tensor, tau: float, eps: float, mask: Tensor | None, keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, the number of rows that count, at least 1, and, if `keep`, each row's slopes for the weights."""
-    blocks, shape = _shape(delta)
+    blocks, shape = _shape("alignment_loss", delta)
     rows = _rows(delta)
     arguments, constants = _inputs(delta, weights, mask)
     programs = max(1, min(blocks, _PROGRAMS.value))
@@ -418,7 +417,7 @@ def alignment_loss_backward(
     """The gradients of `delta` and `weights`, those whose bit in `needs` is set."""
     grad_delta = delta.new_empty(delta.shape) if needs & 1 else None
     grad_weights = weights.new_empty(weights.shape) if needs & 2 else None
-    blocks, shape = _shape(delta)
+    blocks, shape = _shape("alignment_loss_backward", delta)
     if slopes is not None and needs == 2:
         launch(_scaled, blocks, grad, counted, slopes, grad_weights, _rows(delta), **shape)
         return [grad_weights]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tiger_fast.kernels import config
 from tiger_fast.kernels.device import rows, share_of, stride
-from tiger_fast.kernels.launch import alignment, dense, kernel, launch, power, strides
+from tiger_fast.kernels.launch import alignment, dense, kernel, launch, strides
 from tiger_fast.kernels.norm import (
     add_to_sums,
     added,
@@ -358,13 +358,11 @@ def competency_aggregate(
         blocks,
         eps,
         D=width,
-        HELD=c.group,
+        HELD=c.held,
         ALIGN=alignment(*experts),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **config.unspilled(out.device),
+        **c.options,
     )
     return out, weights
 
@@ -417,18 +415,17 @@ def competency_aggregate_backward(
             eps,
             D=width,
             NEEDS=needs & ((1 << members) - 1) | bool(for_confidences) << members | for_norms << (members + 1),
-            HELD=c.group,
+            HELD=c.held,
             ALIGN=alignment(*experts),
             GRAD_ALIGN=alignment(grad),
             BLOCK_N=c.rows,
             BLOCK_D=c.width,
-            num_warps=c.num_warps,
-            num_stages=c.num_stages,
-            **config.unspilled(grad.device),
+            **c.options,
         )
         if for_norms:
             column_sums(sums, [t for t in norms if t is not None])
     if for_confidences:
+        c = config.choose("competency_confidences", weights.device, weights.dtype, M=members)
         launch(
             _confidences,
             batch,
@@ -442,8 +439,8 @@ def competency_aggregate_backward(
             NEEDS=for_confidences,
             FROM_ROWS=grad is not None,
             FROM_WEIGHTS=grad_weights is not None,
-            BLOCK_N=max(1, 512 // power(members)),
-            BLOCK_M=power(members),
-            num_warps=config.choose("alignment", weights.device, weights.dtype, M=members).num_warps,
+            BLOCK_N=c.rows,
+            BLOCK_M=c.width,
+            **c.options,
         )
     return [t for t in found if t is not None]

@@ -46,19 +46,33 @@ ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is launched.
+    """How a kernel is launched. What a kernel has no use for is 0.
 
-    rows: tokens of a program's tile; width: channels (or classes) of a step; columns, group and one_pass: what a kernel
-    says they are; resident: programs of a multiprocessor, where each goes on to further tiles."""
+    rows: tokens of a program's tile; width: channels (or, without channels, classes) of a step.
+    registers: the most that a thread may have, on NVIDIA; with no limit stated ptxas spills some for the sake of one more
+    resident program.
+    experts: how many are held at a time. classes: of a tile, beside the channels. members: what a group is padded to for
+    products. held: how much of a row is in registers (see `_norm`). columns: of route's factors in one product. one_pass:
+    route's first design. resident: programs of a multiprocessor, where each goes on to further tiles."""
 
     rows: int
     width: int
     num_warps: int
     num_stages: int = 2
-    group: int = 1
-    columns: int = 64
+    registers: int = 255
+    experts: int = 0
+    classes: int = 0
+    members: int = 0
+    held: int = 0
+    columns: int = 0
     one_pass: bool = False
-    resident: int = 1
+    resident: int = 0
+
+    @property
+    def options(self) -> dict[str, int]:
+        """The launch options that are Triton's own."""
+        limit = {"maxnreg": self.registers} if self.registers else {}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 _assumed: str | None = None
@@ -101,25 +115,24 @@ def precision(tensor: Tensor) -> str:
     return "tf32" if allowed and architecture(tensor.device).tf32 else "ieee"
 
 
-def unspilled(device: torch.device, registers: int = 255) -> dict[str, int]:
-    """A launch's constants that keep ptxas from spilling a few registers for the sake of one more resident program, as it
-    does without a limit: it then uses what it needs, up to so many a thread."""
-    return {"maxnreg": registers} if architecture(device).name.startswith("sm_") else {}
-
-
 _HEURISTICS: dict[str, Callable[..., Config]] = {}
 
 
-def heuristic(function: Callable[..., Config]) -> Callable[..., Config]:
-    """Makes a function of (architecture, itemsize, **facts) the choice for the kernel of its name."""
-    _HEURISTICS[function.__name__] = function
-    return function
+def heuristic(*kernels: str) -> Callable[[Callable[..., Config]], Callable[..., Config]]:
+    """Makes a function of (architecture, itemsize, **facts) the choice for these kernels, each tuned by itself."""
+
+    def registered(function: Callable[..., Config]) -> Callable[..., Config]:
+        _HEURISTICS.update(dict.fromkeys(kernels, function))
+        return function
+
+    return registered
 
 
 @lru_cache(maxsize=4096)
 def _choose(kernel: str, arch: Architecture, itemsize: int, facts: tuple[tuple[str, int], ...]) -> Config:
     tuned = _tuned().get(_key(kernel, arch.name, itemsize, facts))
-    return tuned if tuned is not None else _HEURISTICS[kernel](arch, itemsize, **dict(facts))
+    chosen = tuned if tuned is not None else _HEURISTICS[kernel](arch, itemsize, **dict(facts))
+    return chosen if arch.name.startswith("sm_") else replace(chosen, registers=0)  # LLVM for AMD takes no limit
 
 
 _trial: tuple[dict[str, Config], dict[str, Config]] | None = None
@@ -156,19 +169,36 @@ def _key(kernel: str, arch: str, itemsize: int, facts: tuple[tuple[str, int], ..
 
 @lru_cache(maxsize=1)
 def _tuned() -> dict[str, Config]:
-    # Files beside this one are part of the package; TIGER_FAST_TUNED names one more, which goes before them.
-    files = sorted(Path(__file__).with_name("tuned").glob("*.json"))
-    if named := os.environ.get("TIGER_FAST_TUNED"):
-        files.append(Path(named))
     found: dict[str, Config] = {}
-    for file in files:
+    for file in tuned_files():
         found |= load(file)
     return found
 
 
+def tuned_files() -> list[Path]:
+    """The files that go before the heuristics, the last before the first: the package's, then TIGER_FAST_TUNED."""
+    files = sorted(Path(__file__).with_name("tuned").glob("*.json"))
+    named = os.environ.get("TIGER_FAST_TUNED")
+    return [*files, Path(named)] if named else files
+
+
 def load(path: Path) -> dict[str, Config]:
-    """The configurations of a file that `save` has written."""
-    return {key: Config(**value) for key, value in json.loads(path.read_text())["configs"].items()}
+    """The configurations of a file that `save` has written.
+
+    Raises:
+        ValueError: for a file that cannot be read, or that holds something else; the message names it."""
+    of = f"tuned configurations {str(path)!r} (of TIGER_FAST_TUNED, kernels/tuned/ or --out)"
+    try:
+        configs = json.loads(path.read_text())["configs"]
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise ValueError(f"{of} cannot be read: {problem!r}") from problem
+    found = {}
+    for key, value in configs.items():
+        try:
+            found[key] = Config(**value)
+        except TypeError as problem:  # of another version
+            raise ValueError(f"{of}, {key!r}: {problem}") from problem
+    return found
 
 
 def save(path: Path, configs: dict[str, Config], measured_on: dict[str, str]) -> None:
@@ -192,53 +222,53 @@ def even_width(size: int, limit: int) -> int:
     return min(widths, key=lambda w: (-(-size // w) * w, -w)) if size > 32 else max(16, power(size))
 
 
-@heuristic
+@heuristic("leave_one_out")
 def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # Eight elements a thread: two vectors of 16 bytes in float32, one in 16-bit types. Sixteen experts' tiles are then
-    # 64 (128) of a thread's registers: of more than eight (`group`) the forward holds some at a time.
+    # 64 (128) of a thread's registers: of more than eight the forward holds some at a time.
     width = even_width(D, 128)
     elements = 1024 if M <= 8 or itemsize == 2 else 512
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, group=8)
+    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, experts=8)
 
 
-@heuristic
+@heuristic("leave_one_out_backward")
 def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
     # One vector of 16 bytes a thread, and not of many rows, which have numbers of their own. For four experts at a time:
     # cotangents, and gradients in float32.
     width = even_width(D, 128)
-    return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, group=min(M, 4))
+    return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, experts=min(M, 4))
 
 
-def _route(arch: Architecture, itemsize: int, D: int, group: int, columns: int, stages: int) -> Config:
-    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of a group's experts.
+def _route(arch: Architecture, itemsize: int, D: int, experts: int, columns: int, stages: int) -> Config:
+    # 8 (4 in float32) elements a thread of each tile. Sums of `columns` for each of the experts held.
     width = max(16, min(128 // itemsize, power(D)))
-    return Config(16, width, 128 // arch.warp, stages, group=group, columns=columns)
+    return Config(16, width, 128 // arch.warp, stages, experts=experts, columns=columns)
 
 
-@heuristic
+@heuristic("route")
 def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     # Smaller steps where more is held: many tasks' logits of many experts, and many experts' float32 tiles.
     crowded, heavy = M > 8 and T > 16, M > 4 and itemsize == 4
     # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
-    group = min(M, 2 if crowded or D * itemsize < 16 else 4)
-    c = _route(arch, itemsize, D, group, 32 if crowded or heavy else 64, 1 if crowded and heavy else 2)
+    experts = min(M, 2 if crowded or D * itemsize < 16 else 4)
+    c = _route(arch, itemsize, D, experts, 32 if crowded or heavy else 64, 1 if crowded and heavy else 2)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
-    return replace(c, one_pass=itemsize == 2 and M <= group and D <= 16 * (M + T))
+    return replace(c, one_pass=itemsize == 2 and M <= experts and D <= 16 * (M + T))
 
 
-@heuristic
+@heuristic("route_backward")
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
     if T > 16:
         return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1)
     return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 4 or W > 128) else 4), 32, 1)
 
 
-@heuristic
+@heuristic("route_factor_gradients")
 def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
-    # A stage holds the tiles of a group of experts and their Y.
-    stages, group = (3 if arch.warp == 32 else 1, 4) if itemsize == 2 else (1, 2)
-    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=stages, group=min(M, group))
+    # A stage holds the tiles of some experts and their Y.
+    stages, experts = (3 if arch.warp == 32 else 1, 4) if itemsize == 2 else (1, 2)
+    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=stages, experts=min(M, experts), columns=64)
 
 
 def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:
@@ -253,19 +283,19 @@ def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, i
 def _attention_by_products(warp: int, G: int, head: int, elements: int, widest: int) -> Config:
     # `elements` of each tile a thread. A warp has whole rows, so that tiles pass between layouts within it; where one row
     # is more than a warp's, several share it.
-    group = 16 if G <= 16 else 32
+    members = 16 if G <= 16 else 32
     width = max(16, min(power(head), widest))
-    per_warp = warp * elements // (group * width)
+    per_warp = warp * elements // (members * width)
     if per_warp == 0:
-        return Config(1, width, min(group * width // (warp * elements), 8), 1, group)
-    return Config(4 * per_warp, width, 4, 1, group)
+        return Config(1, width, min(members * width // (warp * elements), 8), 1, members=members)
+    return Config(4 * per_warp, width, 4, 1, members=members)
 
 
 # `vector` is how many elements, of at most 16 bytes, heads begin at multiples of. By elements the whole group is in registers,
 # G times `each` of them a tensor, and the work grows with G x G; by products groups are padded to 16. Instructions a byte are
 # about even at G = 6 forward in 16-bit types; backward registers are full at 5. Float32 products would have to be by IEEE, on
 # the same units, so there elements go on to the last group that does not spill. Beyond heads of 256 only products take steps.
-@heuristic
+@heuristic("group_attention")
 def group_attention(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
     if head <= 256:
         c, each = _attention_by_elements(arch.warp, head, vector)
@@ -276,7 +306,7 @@ def group_attention(arch: Architecture, itemsize: int, G: int, head: int, vector
     return _attention_by_products(arch.warp, G, head, 16, 64 if G <= 16 or head > 32 else 32)
 
 
-@heuristic
+@heuristic("group_attention_backward")
 def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: int, vector: int) -> Config:
     if head <= 256:
         c, each = _attention_by_elements(arch.warp, head, vector)
@@ -287,20 +317,22 @@ def group_attention_backward(arch: Architecture, itemsize: int, G: int, head: in
     return _attention_by_products(arch.warp, G, head, 8, 32)
 
 
-@heuristic
+@heuristic("counterfactual")
 def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) -> Config:
-    # `group` is the tile of all classes, 0 where the library is to make the products. Four warps: small programs, so that
+    # One tile of all classes; 0 where the library is to make the products. Four warps: small programs, so that
     # while one makes its losses, others read. A thread has M accumulators beside as much of some three tiles more (logits,
     # target and what is made of them) and M + 1 numbers of each token.
     classes = power(max(C, 16))
     if M * classes > 512 or (M + 3) * classes > 1024:
-        return Config(rows=16, width=0, num_warps=4, group=0)
+        return Config(rows=16, width=0, num_warps=4)
     rows = 32 if itemsize == 2 and M <= 4 and (M + 3) * classes <= 448 else 16
     stages = 3 if arch.warp == 32 else 2
     # Rows of whole lines of 128 bytes, if there is room.
     shared = stages * (rows * M + classes) * itemsize
     width = next((w for w in (128 // itemsize, 64 // itemsize) if w * shared <= arch.shared_of_program), 16)
-    return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, classes)
+    # Products in float32 are done in registers, where four programs fit without a spill and ptxas finds three.
+    registers = 128 if itemsize == 4 and 1 < M <= 4 else 255
+    return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, registers, classes=classes)
 
 
 def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
@@ -313,7 +345,7 @@ def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
 # elements where rows are not aligned) and up to four numbers of each token and expert between them.
 
 
-@heuristic
+@heuristic("counterfactual_from_projections")
 def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     if C <= 128:
         return _counterfactual_tile(arch, C, 8 if M <= 8 else 16 // itemsize)
@@ -321,7 +353,7 @@ def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
 
 
-@heuristic
+@heuristic("counterfactual_gradients")
 def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
@@ -331,31 +363,38 @@ def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, 
     return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 
 
-@heuristic
+@heuristic("counterfactual_features")
 def counterfactual_features(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
     if itemsize == 4:
         # Four warps: of eight with twice the rows ptxas spills a few registers for one more resident program.
-        return Config(32, min(64, max(16, power(D))), 128 // arch.warp, 2, 16)
-    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, min(64, power(max(16, C))))
+        return Config(32, min(64, max(16, power(D))), 128 // arch.warp, 2, classes=16)
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, classes=min(64, power(max(16, C))))
 
 
-@heuristic
+@heuristic("counterfactual_head")
 def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Config:
     # `rows`, the tokens of a step, are how deep a product is: for float32 in registers. Of many classes larger tiles, for
     # the features are read once for each.
     stages = 3 if arch.warp == 32 else 2
     if itemsize == 4:
-        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, min(64, power(max(16, C))))
+        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, classes=min(64, power(max(16, C))))
     if C <= 64:
-        return Config(64, min(64, max(16, power(D))), 128 // arch.warp, stages, power(max(16, C)))
-    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, 128)
+        return Config(64, min(64, max(16, power(D))), 128 // arch.warp, stages, classes=power(max(16, C)))
+    return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, classes=128)
 
 
-@heuristic
-def alignment(arch: Architecture, itemsize: int, M: int) -> Config:
+@heuristic("alignment_loss", "alignment_loss_backward", "causal_target", "causal_target_backward")
+def _rows_of_experts(arch: Architecture, itemsize: int, M: int) -> Config:
     # Four elements a thread: a row of four experts in float32 is one load, one of sixteen four lanes'.
     width = power(M)
     return Config(rows=1024 // width, width=width, num_warps=256 // arch.warp)
+
+
+@heuristic("competency_confidences")
+def _parts_of_experts(arch: Architecture, itemsize: int, M: int) -> Config:
+    # One program a sample: a tile of the rows' sums is what it adds up at a time.
+    width = power(M)
+    return Config(rows=512 // width, width=width, num_warps=256 // arch.warp)
 
 
 def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: float) -> Config | None:
@@ -371,48 +410,48 @@ def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: flo
     return None
 
 
-def _norm(arch: Architecture, itemsize: int, D: int, registers: float, held: float = 0, others: int = 40) -> Config:
-    # A kernel with rows in registers, `registers` for each element of one, and `held` more if it is to read nothing
-    # twice (group 2), or without these (group 1); tile by tile if no row fits (group 0). `others` is what the rest takes.
-    for group, each in ((2, registers + held), (1, registers)):
-        if (group == 1 or held) and (found := _row(arch, itemsize, D, each, 240 - others)):
+def _norm(arch: Architecture, itemsize: int, D: int, registers: float, more: float = 0, others: int = 40) -> Config:
+    # A kernel with rows in registers, `registers` for each element of one, and `more` if it is to read nothing
+    # twice (held 2), or without these (held 1); tile by tile if no row fits (held 0). `others` is what the rest takes.
+    for held, each in ((2, registers + more), (1, registers)):
+        if (held == 1 or more) and (found := _row(arch, itemsize, D, each, 240 - others)):
             used = -(-D // found.width) * 16 // itemsize * each + others
             resident = arch.registers // int(used * found.num_warps * arch.warp)
-            return replace(found, group=group, resident=min(8, resident))
-    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, group=0, resident=2)
+            return replace(found, held=held, resident=min(8, resident))
+    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, resident=2)
 
 
-@heuristic
+@heuristic("column_sums")
 def column_sums(arch: Architecture, itemsize: int, D: int) -> Config:
     # Few columns a program, for there are few columns; a warp reads 128 bytes of each of eight rows.
     return Config(rows=32, width=32, num_warps=128 // arch.warp)
 
 
-@heuristic
+@heuristic("competency_aggregate")
 def competency_aggregate(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # The row, and what is loaded ahead of it: more with more experts, for ptxas takes what registers there are.
     return _norm(arch, itemsize, D, registers=2, others=140 + 4 * M)
 
 
-@heuristic
+@heuristic("competency_aggregate_backward")
 def competency_aggregate_backward(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # x or h, g and two sums; the experts' tiles, in float32 whatever they were, for nothing is converted twice.
-    return _norm(arch, itemsize, D, registers=6, held=M, others=48 + 7 * M)
+    return _norm(arch, itemsize, D, registers=6, more=M, others=48 + 7 * M)
 
 
-@heuristic
-def adapter(arch: Architecture, itemsize: int, D: int) -> Config:
-    # Both norms' forwards: a row.
+@heuristic("adapter_in_forward", "adapter_out_forward")
+def _adapter_forward(arch: Architecture, itemsize: int, D: int) -> Config:
+    # A row.
     return _norm(arch, itemsize, D, registers=2, others=150)
 
 
-@heuristic
+@heuristic("adapter_in_backward")
 def adapter_in_backward(arch: Architecture, itemsize: int, D: int) -> Config:
     # x or h, g and two sums.
     return _norm(arch, itemsize, D, registers=5)
 
 
-@heuristic
+@heuristic("adapter_out_backward")
 def adapter_out_backward(arch: Architecture, itemsize: int, D: int) -> Config:
     # s or h, g, the gate's slope and four sums.
     return _norm(arch, itemsize, D, registers=9)

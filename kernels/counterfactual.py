@@ -145,9 +145,7 @@ def _losses(
         TARGET_ALIGN=labels.alignment,
         BLOCK_N=c.rows,
         BLOCK_C=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(weights.device) if members > 4 else {}),
+        **c.options,
     )
 
 
@@ -178,15 +176,13 @@ def counterfactual_losses(
     full, without = _outputs(weights)
     kept = full.new_empty((batch, tokens, members, classes) if keep else (0,))
     c = config.choose("counterfactual", weights.device, head.dtype, D=width, M=members, C=classes)
-    if not c.group:
+    if not c.classes:
         for part in _parts(batch, tokens, members * _padded(classes, head.dtype) * head.element_size()):
             projections = _project(experts, head, *part)
             _losses(projections, weights, bias, labels, *part, full, without, classes)
             if keep:
                 kept[part].copy_(projections[..., :classes].transpose(1, 2))
         return full, without, kept
-    # Products in float32 are done in registers, where ptxas would rather spill than have four programs resident.
-    limit = config.unspilled(weights.device, 128 if 1 < members <= 4 else 255) if head.dtype == torch.float32 else {}
     launch(
         from_experts,
         batch * triton.cdiv(tokens, c.rows),
@@ -211,11 +207,9 @@ def counterfactual_losses(
         ALIGN=alignment(*experts),
         TARGET_ALIGN=labels.alignment,
         BLOCK_N=c.rows,
-        BLOCK_C=c.group,
+        BLOCK_C=c.classes,
         BLOCK_D=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **limit,
+        **c.options,
     )
     return full, without, kept
 
@@ -293,9 +287,7 @@ def _differentiate(
         GRAD_ALIGN=1 if grad_projections is None else alignment(grad_projections),
         BLOCK_N=c.rows,
         BLOCK_C=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(weights.device) if members > 4 else {}),
+        **c.options,
     )
     return None if bias_sums is None else bias_sums.sum(dim=0)
 

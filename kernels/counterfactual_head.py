@@ -183,7 +183,7 @@ class Head:
         if for_head:
             c = config.choose("counterfactual_head", head.device, head.dtype, **self.facts)
             batch, tokens, width = experts[0].shape
-            tiles = triton.cdiv(width, c.width) * triton.cdiv(head.shape[0], c.group)
+            tiles = triton.cdiv(width, c.width) * triton.cdiv(head.shape[0], c.classes)
             splits = max(1, min(2 * config.MULTIPROCESSORS // tiles, batch * triton.cdiv(tokens, 4 * c.rows)))
             self.sums = head.new_empty((splits, *head.shape), dtype=torch.float32)
         self.started = False
@@ -229,10 +229,9 @@ class Head:
             ALIGN=alignment(grad),
             OUT_ALIGN=alignment(like),
             BLOCK_N=c.rows,
-            BLOCK_C=c.group,
+            BLOCK_C=c.classes,
             BLOCK_D=c.width,
-            num_warps=c.num_warps,
-            num_stages=c.num_stages,
+            **c.options,
             **constants,
         )
 
@@ -244,7 +243,7 @@ class Head:
         splits, classes, width = self.sums.shape
         launch(
             _head,
-            splits * triton.cdiv(width, c.width) * triton.cdiv(classes, c.group),
+            splits * triton.cdiv(width, c.width) * triton.cdiv(classes, c.classes),
             self.experts,
             tuple(map(strides, self.experts)),
             grad,
@@ -261,10 +260,9 @@ class Head:
             ALIGN=alignment(*self.experts),
             GRAD_ALIGN=alignment(grad),
             BLOCK_N=c.rows,
-            BLOCK_C=c.group,
+            BLOCK_C=c.classes,
             BLOCK_D=c.width,
-            num_warps=c.num_warps,
-            num_stages=c.num_stages,
+            **c.options,
             **constants,
         )
         self.started = True

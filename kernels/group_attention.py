@@ -424,10 +424,10 @@ def _launch(
     batch, members, tokens, width = tensors[0].shape
     head, align, dtype = width // num_heads, alignment(*tensors), tensors[0].dtype
     c = config.choose(name, tensors[0].device, dtype, G=members, head=head, vector=math.gcd(head, align))
-    if c.group > 1:
-        constants |= {"PRECISION": config.precision(tensors[0]), "BLOCK_G": c.group}
+    if c.members:
+        constants |= {"PRECISION": config.precision(tensors[0]), "BLOCK_G": c.members}
     launch(
-        by_products if c.group > 1 else by_elements,
+        by_products if c.members else by_elements,
         batch * triton.cdiv(tokens * num_heads, c.rows),
         *tensors,
         *map(strides, tensors),
@@ -439,8 +439,7 @@ def _launch(
         ALIGN=align,
         BLOCK_R=c.rows,
         BLOCK_D=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
+        **c.options,
         **constants,
     )
 

@@ -322,10 +322,8 @@ def leave_one_out(experts: Sequence[Tensor], weights: Tensor, renormalize: bool)
         ALIGN=alignment(*experts),
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
-        GROUP=c.group,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(weights.device) if members > 8 else {}),
+        GROUP=c.experts,
+        **c.options,
     )
     return out
 
@@ -364,10 +362,8 @@ def leave_one_out_backward(
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_T=power(tasks),
-        BLOCK_J=power(c.group),
-        GROUP=c.group,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(weights.device) if members > 8 else {}),
+        BLOCK_J=power(c.experts),
+        GROUP=c.experts,
+        **c.options,
     )
     return [t for t in (*found, grad_weights) if t is not None]

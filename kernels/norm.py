@@ -212,6 +212,5 @@ def column_sums(partial: Tensor, outs: Sequence[Tensor]) -> None:
         D=width,
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
+        **c.options,
     )

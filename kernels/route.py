@@ -441,7 +441,7 @@ def route(
     factors, factors_strides = make_factors(v, shift, base_bias, dtype)
     factor = 1 / math.sqrt(width)
     c = config.choose("route", query.device, dtype, D=width, M=members, T=power(tasks), W=factors.shape[-1])
-    one_pass = c.one_pass and c.group >= members
+    one_pass = c.one_pass and c.experts >= members
     if not one_pass:
         flat = query.reshape(batch * tokens, width)
         for product, factor_of in ((base.view(-1, width), base_weight), (z.view(-1, rank), u)):
@@ -477,9 +477,7 @@ def route(
         BLOCK_R=max(16, power(rank)),
         BLOCK_T=max(16, power(tasks)),
         BLOCK_W=min(c.columns, factors.shape[-1]),
-        GROUP=c.group,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(query.device) if members > 8 or tasks > 16 or dtype == torch.float32 else {}),
+        GROUP=c.experts,
+        **c.options,
     )
     return mixtures, weights, base, z

@@ -468,7 +468,7 @@ def route_backward(
     grad_z = torch.empty_like(z) if for_query or for_u else None
     c = config.choose("route_backward", query.device, dtype, D=width, M=members, T=power(tasks), W=columns)
     blocks = triton.cdiv(tokens, c.rows)
-    groups = triton.cdiv(members, c.group)
+    groups = triton.cdiv(members, c.experts)
     scale_parts = query.new_empty((batch, blocks * groups, tasks, rank), dtype=torch.float32) if for_scale else None
     y = None
     if for_factors or for_experts:
@@ -517,10 +517,8 @@ def route_backward(
         BLOCK_D=c.width,
         BLOCK_T=max(16, power(tasks)),
         BLOCK_W=min(c.columns, columns),
-        GROUP=c.group,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
-        **(config.unspilled(query.device) if not 1 < members <= 8 or tasks > 16 else {}),
+        GROUP=c.experts,
+        **c.options,
     )
     factor = 1 / math.sqrt(width)
     found: dict[int, Tensor] = {7 + i: g for i, g in enumerate(grad_experts) if g is not None}
@@ -583,8 +581,7 @@ def _sum_over_tokens(experts: tuple[Tensor, ...], y: Tensor, columns: int, produ
         BLOCK_N=c.rows,
         BLOCK_D=c.width,
         BLOCK_W=block_w,
-        GROUP=c.group,
-        num_warps=c.num_warps,
-        num_stages=c.num_stages,
+        GROUP=c.experts,
+        **c.options,
     )
     return parts

@@ -26,8 +26,8 @@ def test_neighbours_differ_in_one_field_and_stay_usable():
     for other in autotune.neighbours(START):
         assert sum(getattr(other, name) != getattr(START, name) for name in vars(START)) == 1
         assert 1 <= other.num_warps <= 16 and 1 <= other.num_stages <= 5 and other.rows >= 1 and other.width >= 1
-    small = Config(rows=1, width=1, num_warps=1, num_stages=1, group=1)
-    assert all(min(o.rows, o.width, o.num_warps, o.num_stages, o.group) >= 1 for o in autotune.neighbours(small))
+    small = Config(rows=1, width=1, num_warps=1, num_stages=1, registers=0)
+    assert all(min(o.rows, o.width, o.num_warps, o.num_stages) >= 1 for o in autotune.neighbours(small))
 
 
 def test_the_search_walks_to_the_fastest():
@@ -127,6 +127,6 @@ def test_what_changes_no_launch_is_measured_once():
     said = []
     autotune.tune(forward, torch.float32, lambda function: 1.0, said.append, namespace)
     tried = [line for line in said if "Config(" in line and "best" not in line]
-    # Of the fields the kernel takes rows, width, warps, stages and group.
-    assert 2 < len(tried) <= 1 + 2 * 5
-    assert not any("columns=32" in line or "one_pass=True" in line or "resident=2" in line for line in tried)
+    # Of the fields the kernel takes rows, width, warps, stages, registers and experts.
+    assert 2 < len(tried) <= 1 + 2 * 6
+    assert not any("one_pass=True" in line for line in tried)

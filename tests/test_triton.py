@@ -66,7 +66,7 @@ def test_low_precision_agrees(name, dtype):
 @pytest.mark.parametrize(("dtype", "sizes"), [(torch.float32, {"D": 40, "N": 18}), (torch.bfloat16, {"D": 24, "M": 6})])
 def test_both_designs_of_route_agree(one_pass, dtype, sizes, monkeypatch):
     def chosen(*arguments, **facts):
-        return replace(choice(*arguments, **facts), one_pass=one_pass, group=8)
+        return replace(choice(*arguments, **facts), one_pass=one_pass, experts=8)
 
     choice = config._HEURISTICS["route"]
     monkeypatch.setitem(config._HEURISTICS, "route", chosen)

@@ -30,14 +30,14 @@ def compare(name: str, arguments: dict, limit: float = 3e-6, **keywords: object)
 
 
 def by_library(members: int, classes: int, width: int = 64) -> bool:
-    return not config.choose("counterfactual", CPU, torch.float32, D=width, M=members, C=classes).group
+    return not config.choose("counterfactual", CPU, torch.float32, D=width, M=members, C=classes).classes
 
 
 @pytest.fixture(params=["one kernel", "library"])
 def way(request, monkeypatch):
     """A few classes by either way, the library's as if they were many."""
     if request.param == "library":
-        monkeypatch.setitem(config._HEURISTICS, "counterfactual", lambda *_, **__: config.Config(16, 0, 4, group=0))
+        monkeypatch.setitem(config._HEURISTICS, "counterfactual", lambda *_, **__: config.Config(16, 0, 4))
     config.reload()
     yield request.param
     config.reload()

@@ -23,6 +23,7 @@ from paths import FEW, PATHS
 from profiling.static_report import OPS, launches_of
 from tiger_fast._examples import Call, calls, gpu_sizes
 from tiger_fast.kernels import config
+from tiger_fast.ops import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 CUDA = torch.device("cuda", 0)
@@ -101,6 +102,27 @@ def test_a_tuned_file_goes_before_the_heuristic(tmp_path, monkeypatch):
     assert choose() != tuned, "it is of another architecture"
     config.assume(None)
     assert config.choose("leave_one_out", torch.device("meta"), torch.float32, D=768, M=4) != tuned, "of another type"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (None, "No such file"),
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ("{}", "configs"),
+        ('{"configs": {"a kernel": {"rows": 1, "group": 2}}}', "'a kernel'.*group"),
+    ],
+)
+def test_a_tuned_file_that_is_none_is_named(content, words, tmp_path, monkeypatch):
+    path = tmp_path / "tuned.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("TIGER_FAST_TUNED", str(path))
+    config.reload()
+    with pytest.raises(ValueError, match=rf"tuned\.json.*{words}"):
+        choose()
+    assert str(path) in triton.describe(), "it is the one in effect"
 
 
 @pytest.mark.parametrize(

@@ -38,6 +38,8 @@ def neighbours(start: Config) -> Iterator[Config]:
             others = (not value,)
         elif field.name == "num_stages":
             others = tuple(v for v in (value - 1, value + 1) if 1 <= v <= 5)
+        elif field.name == "registers":
+            others = tuple(v for v in (128, 168, 255) if v != value) if value else ()
         elif field.name == "num_warps":
             others = tuple(v for v in (value // 2, value * 2) if 1 <= v <= 16)
         else:

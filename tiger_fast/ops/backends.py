@@ -117,7 +117,8 @@ def use_backend(backend: str) -> Iterator[None]:
 def show_config() -> str:
     """A table, as text: for each function of the contract, what each backend runs ("native" or "reference").
 
-    Below it what calls run on here and now, the instruction set of the compiled CPU kernels, and how much memory they keep.
+    Below it what calls run on here and now, the instruction set of the compiled CPU kernels, how much memory they keep, and the
+    files of tuned launch configurations that are in effect.
 
     Raises:
         ValueError: where TIGER_FAST_BACKEND names no backend that can run here.
@@ -131,6 +132,5 @@ def show_config() -> str:
         lines.append(" ".join([f"{op:<{width}}", *(f"{cell:>10}" for cell in cells)]))
     lines.append(", ".join(f"{device} tensors: {resolve(None, torch.device(device))}" for device in ("cpu", "cuda")))
     lines.append(cpu.describe() if cpu.LOADED else "cpu: not compiled here")
-    if "triton" not in names:
-        lines.append(f"triton: not here, {triton.missing()}")
+    lines.append(triton.describe() if "triton" in names else f"triton: not here, {triton.missing()}")
     return "\n".join(lines)

@@ -71,6 +71,12 @@ def missing() -> str | None:
     return None if found else "Triton is not installed: pip install 'tiger_fast[triton]'"
 
 
+def describe() -> str:
+    """A line for `show_config`: where launch configurations come from."""
+    files = import_module("tiger_fast.kernels.config").tuned_files()
+    return f"triton: launched by {', then '.join([*map(str, reversed(files)), 'heuristics'])}"
+
+
 @cache
 def launcher(name: str) -> Callable:
     """What an operator of this name runs; Triton is imported with it."""
