@@ -49,8 +49,8 @@ class Config:
     """How a kernel is launched. What a kernel has no use for is 0.
 
     rows: tokens of a program's tile; width: channels (or, without channels, classes) of a step.
-    registers: the most that a thread may have, on NVIDIA; with no limit stated ptxas spills some for the sake of one more
-    resident program.
+    registers: the most that a thread may have, on NVIDIA. Without a limit ptxas looks for the most resident programs, and at
+    times spills a few registers for the sake of one more: `ALL` keeps it from that, at the price of residents.
     experts: how many are held at a time. classes: of a tile, beside the channels. members: what a group is padded to for
     products. held: how much of a row is in registers (see `_norm`). columns: of route's factors in one product. one_pass:
     route's first design. resident: programs of a multiprocessor, where each goes on to further tiles."""
@@ -59,7 +59,7 @@ class Config:
     width: int
     num_warps: int
     num_stages: int = 2
-    registers: int = 255
+    registers: int = 0
     experts: int = 0
     classes: int = 0
     members: int = 0
@@ -74,6 +74,8 @@ class Config:
         limit = {"maxnreg": self.registers} if self.registers else {}
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
+
+ALL = 255  # registers a thread
 
 _assumed: str | None = None
 
@@ -228,15 +230,20 @@ def leave_one_out(arch: Architecture, itemsize: int, D: int, M: int) -> Config:
     # 64 (128) of a thread's registers: of more than eight the forward holds some at a time.
     width = even_width(D, 128)
     elements = 1024 if M <= 8 or itemsize == 2 else 512
-    return Config(rows=max(1, elements // width), width=width, num_warps=128 // arch.warp, experts=8)
+    registers = ALL if M > 8 else 0
+    return Config(max(1, elements // width), width, 128 // arch.warp, registers=registers, experts=8)
 
 
 @heuristic("leave_one_out_backward")
-def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int) -> Config:
+def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, RENORMALIZE: bool) -> Config:
     # One vector of 16 bytes a thread, and not of many rows, which have numbers of their own. For four experts at a time:
     # cotangents, and gradients in float32.
     width = even_width(D, 128)
-    return Config(min(32, max(1, 2048 // itemsize // width)), width, 128 // arch.warp, experts=min(M, 4))
+    rows = max(1, 2048 // itemsize // width)
+    if M > 8 and RENORMALIZE:
+        return Config(2 * rows, width, 256 // arch.warp, registers=ALL, experts=2)
+    registers = ALL if M == 1 or M > 8 else 0
+    return Config(min(32, rows), width, 128 // arch.warp, registers=registers, experts=min(M, 4))
 
 
 def _route(arch: Architecture, itemsize: int, D: int, experts: int, columns: int, stages: int) -> Config:
@@ -251,7 +258,8 @@ def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> 
     crowded, heavy = M > 8 and T > 16, M > 4 and itemsize == 4
     # Rows shorter than a vector are loaded element by element, with an address each: of fewer experts at a time.
     experts = min(M, 2 if crowded or D * itemsize < 16 else 4)
-    c = _route(arch, itemsize, D, experts, 32 if crowded or heavy else 64, 1 if crowded and heavy else 2)
+    c = _route(arch, itemsize, D, experts, 32 if heavy or T > 16 else 64, 1 if crowded and heavy else 2)
+    c = replace(c, registers=ALL if M > 8 or T > 16 or itemsize == 4 or D * itemsize < 16 else 0)
     # In one pass every program reads W0, from L2: where that is no more than its own bytes, of 16 tokens' experts and
     # mixtures. Not in float32, whose products by IEEE arithmetic spill.
     return replace(c, one_pass=itemsize == 2 and M <= experts and D <= 16 * (M + T))
@@ -259,16 +267,19 @@ def route(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> 
 
 @heuristic("route_backward")
 def route_backward(arch: Architecture, itemsize: int, D: int, M: int, T: int, W: int) -> Config:
-    if T > 16:
-        return _route(arch, itemsize, D, 1 if M > 8 else min(M, 2), 32, 1)
-    return _route(arch, itemsize, D, min(M, 2 if itemsize == 4 and (M > 4 or W > 128) else 4), 32, 1)
+    experts = (1 if M > 8 else 2) if T > 16 else 2 if itemsize == 4 and (M > 4 or W > 128) else 4
+    c = _route(arch, itemsize, D, min(M, experts), 32, 1)
+    if M > 8 and T > 16 and W > 128:
+        c = replace(c, width=min(c.width, 32))
+    return replace(c, registers=ALL if M == 1 or M > 8 or T > 16 or W <= 16 or D % c.width else 0)
 
 
 @heuristic("route_factor_gradients")
 def route_factor_gradients(arch: Architecture, itemsize: int, D: int, M: int, W: int) -> Config:
     # A stage holds the tiles of some experts and their Y.
     stages, experts = (3 if arch.warp == 32 else 1, 4) if itemsize == 2 else (1, 2)
-    return Config(32, even_width(D, 64), 128 // arch.warp, num_stages=stages, experts=min(M, experts), columns=64)
+    registers = ALL if itemsize == 2 else 0
+    return Config(32, even_width(D, 64), 128 // arch.warp, stages, registers, min(M, experts), columns=64)
 
 
 def _attention_by_elements(warp: int, head: int, vector: int) -> tuple[Config, int]:
@@ -331,14 +342,14 @@ def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) ->
     shared = stages * (rows * M + classes) * itemsize
     width = next((w for w in (128 // itemsize, 64 // itemsize) if w * shared <= arch.shared_of_program), 16)
     # Products in float32 are done in registers, where four programs fit without a spill and ptxas finds three.
-    registers = 128 if itemsize == 4 and 1 < M <= 4 else 255
+    registers = 0 if itemsize == 2 else 128 if 1 < M <= 4 else ALL
     return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, registers, classes=classes)
 
 
-def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
+def _counterfactual_tile(arch: Architecture, M: int, C: int, elements: int) -> Config:
     # `elements` a thread of each of the M tiles; up to 128 classes in one tile, more in such that pad them least.
     width = max(16, power(C)) if C <= 128 else 64 if -(-C // 64) % 2 else 128
-    return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1)
+    return Config(max(1, elements * 128 // width), width, 128 // arch.warp, 1, ALL if M > 4 else 0)
 
 
 # Where classes come in several tiles, a thread keeps addresses (one for each element that is loaded alone, so fewer
@@ -348,9 +359,9 @@ def _counterfactual_tile(arch: Architecture, C: int, elements: int) -> Config:
 @heuristic("counterfactual_from_projections")
 def counterfactual_from_projections(arch: Architecture, itemsize: int, M: int, C: int, ALIGN: int) -> Config:
     if C <= 128:
-        return _counterfactual_tile(arch, C, 8 if M <= 8 else 16 // itemsize)
+        return _counterfactual_tile(arch, M, C, 8 if M <= 8 else 16 // itemsize)
     elements = 8 if M <= 4 else 4 if M <= 8 else 1
-    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
+    return _counterfactual_tile(arch, M, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 2))
 
 
 @heuristic("counterfactual_gradients")
@@ -358,9 +369,9 @@ def counterfactual_gradients(arch: Architecture, itemsize: int, M: int, C: int, 
     # M projections and M + 1 gradients of logits at once.
     if C <= 128:
         # A vector of 16 bytes each, except of more than eight experts in 16-bit types, which would be too many registers.
-        return _counterfactual_tile(arch, C, 8 if M <= 8 else itemsize)
+        return _counterfactual_tile(arch, M, C, 8 if M <= 8 else itemsize)
     elements = 8 if M <= 4 else 2 if M <= 8 else 1
-    return _counterfactual_tile(arch, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
+    return _counterfactual_tile(arch, M, C, elements if ALIGN * itemsize >= 8 else max(1, elements // 4))
 
 
 @heuristic("counterfactual_features")
@@ -377,7 +388,9 @@ def counterfactual_head(arch: Architecture, itemsize: int, D: int, C: int) -> Co
     # the features are read once for each.
     stages = 3 if arch.warp == 32 else 2
     if itemsize == 4:
-        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, classes=min(64, power(max(16, C))))
+        classes = min(64, power(max(16, C)))
+        registers = 80 if classes == 16 else 0  # three programs without a spill rather than four
+        return Config(16, min(64, max(16, power(D))), 256 // arch.warp, stages, registers, classes=classes)
     if C <= 64:
         return Config(64, min(64, max(16, power(D))), 128 // arch.warp, stages, classes=power(max(16, C)))
     return Config(64, min(128, max(16, power(D))), 256 // arch.warp, 2, classes=128)
@@ -405,7 +418,7 @@ def _row(arch: Architecture, itemsize: int, D: int, registers: float, limit: flo
         width = min(32 * vector, max(16, power(D)))
         while width <= threads * vector:
             if -(-D // width) * vector * registers <= limit:
-                return Config(rows=threads * vector // width, width=width, num_warps=threads // arch.warp)
+                return Config(threads * vector // width, width, threads // arch.warp, registers=ALL)
             width *= 2
     return None
 
@@ -418,7 +431,7 @@ def _norm(arch: Architecture, itemsize: int, D: int, registers: float, more: flo
             used = -(-D // found.width) * 16 // itemsize * each + others
             resident = arch.registers // int(used * found.num_warps * arch.warp)
             return replace(found, held=held, resident=min(8, resident))
-    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, resident=2)
+    return Config(rows=1, width=4096 // itemsize, num_warps=256 // arch.warp, registers=ALL, resident=2)
 
 
 @heuristic("column_sums")

@@ -339,7 +339,8 @@ def leave_one_out_backward(
     grad_weights = weights.new_empty(weights.shape) if needs >> members & 1 else None
     # Renormalised, r and the two parts of dw.
     kept = weights.new_empty((3, *weights.shape), dtype=torch.float32) if renormalize else None
-    c = config.choose("leave_one_out_backward", weights.device, grad.dtype, D=width, M=members, T=power(tasks))
+    facts = {"D": width, "M": members, "T": power(tasks), "RENORMALIZE": renormalize}
+    c = config.choose("leave_one_out_backward", weights.device, grad.dtype, **facts)
     launch(
         _backward,
         batch * triton.cdiv(tokens, c.rows),
