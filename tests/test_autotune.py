@@ -118,6 +118,12 @@ def test_a_size_that_does_not_exist_is_refused(capsys):
     with pytest.raises(SystemExit):
         autotune.main(["--op", "route", "--out", "x", "--shape", "B=32,Z=1"])
     assert "no size is called Z" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        autotune.main(["--op", "route", "--out", "x", "--shape", "N=x"])
+    assert "numbers by name" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        autotune.main(["--op", "route", "--out", "nowhere/x"])
+    assert "no file in a folder that exists" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="runs in Triton's interpreter: set TRITON_INTERPRET=1")

@@ -218,7 +218,6 @@ def test_a_missing_attention_package_is_named_with_the_command_that_installs_it(
     monkeypatch.delitem(sys.modules, f"{package}.ops", raising=False)
     with pytest.raises(ImportError, match=rf"{package}.*pip install .*tiger_fast\[attention\]"):
         ExpertInteraction(8, 2, scope="global", attention=attention)
-    ExpertInteraction(8, 2, attention=attention)  # at every token on its own it is not needed
 
 
 @pytest.mark.parametrize(
@@ -245,6 +244,8 @@ def test_every_attention_gets_what_it_takes_and_is_torchs(attention, module, fun
 def test_an_unknown_attention_is_refused():
     with pytest.raises(ValueError, match="did you mean 'flash'"):
         ExpertInteraction(8, 2, scope="global", attention="flush")
+    with pytest.raises(ValueError, match="scope='global'"):
+        ExpertInteraction(8, 2, attention="flash")
 
 
 def test_global_scope_is_torchs_attention_over_all_tokens():

@@ -26,6 +26,6 @@ def require(module: str, extra: str) -> ModuleType:
 def unknown(kind: str, name: object, known: Iterable[str]) -> ValueError:
     """A ValueError for a name that does not exist, with the nearest one that does."""
     known = sorted(known)
-    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return ValueError(f"unknown {kind} {name!r}{hint} (known: {', '.join(known)})")

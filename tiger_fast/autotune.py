@@ -145,11 +145,21 @@ def tune(
 
 
 def _shape(text: str) -> dict[str, int]:
-    sizes = {name: int(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    try:
+        sizes = {name: int(value) for name, _, value in (part.partition("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a shape is numbers by name, such as B=32,N=1024, and not {text!r}") from None
     known = vars(Sizes())
     if unknown := sorted(set(sizes) - set(known)):
         raise argparse.ArgumentTypeError(f"no size is called {unknown[0]}; there are {', '.join(known)}")
     return sizes
+
+
+def _file(text: str) -> Path:
+    path = Path(text)
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no file in a folder that exists")
+    return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -159,7 +169,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     default = f"such as B=32,N=1024,D=768; the rest as in {Sizes(B=32)}"
     parser.add_argument("--shape", type=_shape, default={}, help=default)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="bfloat16")
-    parser.add_argument("--out", type=Path, required=True, help="the file; what it holds of other kernels stays")
+    parser.add_argument("--out", type=_file, required=True, help="the file; what it holds of other kernels stays")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("there is no GPU here that torch can use: nothing to measure", file=sys.stderr)

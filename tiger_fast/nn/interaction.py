@@ -24,6 +24,8 @@ class _Interaction(nn.Module):
             raise unknown("attention", attention, ATTENTIONS)
         if scope == "global":
             ATTENTIONS[attention]()  # a package that is missing is missed here and not in the first forward
+        elif attention != "sdpa":
+            raise ValueError(f"attention={attention!r} is a choice for scope='global', and scope is {scope!r}")
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim = {dim}, got {num_heads}")
         self.num_heads, self.scope, self.attention, self.backend = num_heads, scope, attention, backend
@@ -80,7 +82,8 @@ class ExpertInteraction(_Interaction):
         num_heads: divides D.
         scope: "token", experts attend to each other at every token on its own; "global", all tokens of all experts.
         attention: what computes the "global" scope: "sdpa", PyTorch's; "flash", the package flash-attn (float16 and
-            bfloat16 on CUDA); "xformers". The last two raise ImportError where they are not installed.
+            bfloat16 on CUDA); "xformers". The last two raise ImportError where they are not installed, and ValueError for the
+            "token" scope, whose attention is this library's own.
         backend: forced for the "token" scope; None chooses by device.
 
     Maps (B, M, N, D) to (B, M, N, D).
