@@ -1,4 +1,4 @@
-"""`python -m bench once ID`: runs ours of one benchmark, warm, for a profiler.
+"""`python -m bench once ID..`: runs ours of each benchmark, warm, for a profiler.
 
 Kernels are compiled and warm before the range that cudaProfilerStart and Stop mark (`ncu --profile-from-start off`, `nsys
 --capture-range cudaProfilerApi`); on CUDA the calls go through copies of the arguments, so that each finds its own in device
@@ -21,7 +21,9 @@ WARM = 3
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 where what was asked for cannot run here, 64 for what does not exist."""
     parser = argparse.ArgumentParser(prog="python -m bench once", description=__doc__)
-    parser.add_argument("id", help="such as route/forward; `python -m bench list` has them all")
+    parser.add_argument(
+        "ids", nargs="+", metavar="ID", help="such as route/forward; `python -m bench list` has them all"
+    )
     parser.add_argument("--preset", default="smoke")
     parser.add_argument("--shape", help="sizes that differ, such as B=8,N=4096")
     for name in ("dtype", "device", "backend"):
@@ -38,18 +40,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backend=options.backend,
             peers="eager",
         )
-        benchmark = suites.find(options.id, settings)
+        chosen = [suites.find(name, settings) for name in options.ids]
     except ValueError as problem:
         print(problem, file=sys.stderr)
         return 2 if "no GPU here" in str(problem) else 64
-    call = benchmark.build(settings).calls["ours"]
-    for _ in range(WARM):
-        call()
     cuda = settings.device == "cuda"
-    if options.table:
-        print("\n".join(table(benchmark.id, call, options.repeat, cuda)))
-    else:
-        marked(call, options.repeat, cuda)
+    for benchmark in chosen:
+        call = benchmark.build(settings).calls["ours"]
+        for _ in range(WARM):
+            call()
+        if options.table:
+            print("\n".join(table(benchmark.id, call, options.repeat, cuda)), flush=True)
+        else:
+            marked(call, options.repeat, cuda)
     return 0
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# profiling/nsys.sh ID.. [options]: benchmarks on Nsight Systems' time line, with the ranges of tiger_fast (docs/profiling.md), and
+# profiling/nsys.sh ID [options]: a benchmark on Nsight Systems' time line, with the ranges of tiger_fast (docs/profiling.md), and
 # its sums: kernels, ranges with the kernels in them, calls of CUDA. Needs a CUDA GPU, nsys, and a Python with torch and Triton
 # (PYTHON; else .venv's, else python3); nothing of the checkout has to be built.
 #

@@ -13,8 +13,9 @@ begin() {
         ids+=("$1")
         shift
     done
-    if [ ${#ids[@]} -eq 0 ]; then
-        echo "usage: profiling/$name.sh ID.. [--out DIR] [--preset P] [--shape B=..,N=..] [--dtype D] [--backend B] [--repeat K]" >&2
+    # Nsight Systems ends with the first range, ncu counts in all of them.
+    if [ ${#ids[@]} -eq 0 ] || { [ "$name" = nsys ] && [ ${#ids[@]} -gt 1 ]; }; then
+        echo "usage: profiling/$name.sh ID$([ "$name" = nsys ] || echo ..) [--out DIR] [--preset P] [--shape B=..,N=..] [--dtype D] [--backend B] [--repeat K]" >&2
         exit 64
     fi
     while [ $# -gt 0 ]; do

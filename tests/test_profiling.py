@@ -23,7 +23,9 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU he
 
 
 def run(*command: object, **env: str) -> subprocess.CompletedProcess:
-    variables = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    # Nor what tells a pytest inside that it is a worker of this one's, where pytest-benchmark measures nothing.
+    ours = ("TRITON_INTERPRET", "PYTEST_")
+    variables = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     variables |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | env
     return subprocess.run([str(c) for c in command], cwd=ROOT, env=variables, capture_output=True, text=True)
 
@@ -79,6 +81,17 @@ def test_the_tests_for_a_gpu_run_dry():
     done = run(*command, TIGER_FAST_GPU_DRY_RUN="1")
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) >= 20, done.stdout[-4000:]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_check_runs_dry(tmp_path):
+    done = run("bash", "profiling/gpu_check.sh", tmp_path, GPU_CHECK_DRY_RUN="1")
+    assert done.returncode == 0, done.stdout + done.stderr[-4000:]
+    assert "STOPPED" not in done.stdout and "FAILED" not in done.stdout
+    assert "| leave_one_out/forward " in done.stdout
+    assert len(list(tmp_path.iterdir())) <= 8 and json.loads((tmp_path / "times.json").read_text())["benchmarks"]
+    assert "leave_one_out_backward" in (tmp_path / "kernels.txt").read_text()
 
 
 # --- nsys.sh and ncu.sh, with stand-ins on PATH --------------------------------------------------------------------------
@@ -184,10 +197,13 @@ def test_nsys_captures_the_range_and_writes_its_sums(stand_ins, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ncu", "nsys"])
-def test_an_option_that_a_script_does_not_have_is_refused(stand_ins, tmp_path, name):
+def test_what_a_script_does_not_take_is_refused(stand_ins, tmp_path, name):
     for wrong in (["--table", "1"], ["--shape"], ["--out"]):
         done, seen = stand_ins(name, "route/forward", *wrong)
         assert done.returncode == 64 and wrong[0] in done.stderr and not seen
+    # A time line ends with the first benchmark's range.
+    done, seen = stand_ins("nsys", "route/forward", "route/forward+backward", "--out", tmp_path / "out")
+    assert done.returncode == 64 and not seen
 
 
 @no_gpu

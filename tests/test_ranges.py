@@ -112,6 +112,15 @@ def test_off_costs_a_function_a_look_at_a_global_and_nothing_else():
         assert _ranges.__file__ in instructions(functional.leave_one_out, torch.randn(2, 4, 5, 6), weights)
 
 
+def test_off_costs_a_phase_one_call_that_makes_nothing():
+    def inside():
+        with _ranges.phase("name"):
+            pass
+
+    counts = instructions(inside)
+    assert 0 < counts[_ranges.__file__] <= 12 and sum(counts.values()) <= 60
+
+
 def tiny(mode):
     counterfactual = {"weight": 0.0} if mode == "none" else {"mode": mode}
     torch.manual_seed(0)
