@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# profiling/gpu_check.sh DIR: on a machine with one CUDA GPU, the GPU tests, times against eager PyTorch and torch.compile,
-# and kernels by torch's profiler and by Nsight Compute where it is found, in ten minutes; then a summary.
+# profiling/gpu_check.sh DIR: on a machine with one CUDA GPU, the GPU tests, the benchmarks of ops and models against eager
+# PyTorch and torch.compile, and kernels by torch's profiler and by Nsight Compute where it is found, in ten minutes; then a summary.
 #
 # Builds nothing of the checkout and needs no network: torch, Triton, pytest and pytest-benchmark, numpy for what the tests
 # import; and a C compiler with Python's headers, with which Triton builds its launchers as it compiles kernels. Each step has a
@@ -151,40 +151,59 @@ settle
 keep "$scratch/tests" tests.txt
 
 # --- times -------------------------------------------------------------------------------------------------------------
-times=(--json "$out/times.json" --seconds 1.5)
-[ -n "$dry" ] && times+=(--dry-run --no-compile)
-limit 160 "$python" -m profiling.gpu_times "${times[@]}" >"$scratch/times" 2>"$scratch/times.err"
+# At its limit pytest is interrupted as from a keyboard, and still writes what was measured by then. Ops come first.
+once=(--preset gpu --device cuda --dtype bfloat16)
+times=(bench/test_ops.py bench/test_models.py "${once[@]}" --seconds 0.5 --peers "eager,compile,algebra,sdpa")
+if [ -n "$dry" ]; then
+    times=(bench/test_ops.py --device cpu --shape N=16 --seconds 0.02 --peers "eager,sdpa" -k "leave_one_out or group_attention/")
+fi
+interruptible='import signal, sys, pytest; signal.signal(signal.SIGTERM, signal.default_int_handler); sys.exit(pytest.main())'
+limit 160 "$python" -c "$interruptible" "${times[@]}" -q -o addopts= -p no:cacheprovider \
+    --benchmark-json="$scratch/times.json" >"$scratch/times" 2>&1
 status=$?
+# What does not end with a table begins with its reason.
 {
-    cat "$scratch/times"
-    tail -n 40 "$scratch/times.err"
+    sed -n '/ bench, preset /,$p' "$scratch/times"
+    echo "=== all that pytest said"
+    tail -c 2097152 "$scratch/times"
 } >"$out/times.txt"
+[ ! -s "$scratch/times.json" ] || cp "$scratch/times.json" "$out/times.json"
 note times "$status"
 
 # --- kernels -------------------------------------------------------------------------------------------------------------
-one_pass=(-m profiling.one_pass)
-[ -n "$dry" ] && export TRITON_INTERPRET=1 && one_pass+=(--dry-run --op leave_one_out)
-limit 40 "$python" "${one_pass[@]}" --table >"$scratch/kernels" 2>&1
+benchmarks=()
+for op in route leave_one_out group_attention counterfactual_losses competency_aggregate alignment_loss adapter; do
+    benchmarks+=("$op/forward+backward")
+done
+if [ -n "$dry" ]; then
+    benchmarks=(leave_one_out/forward+backward)
+    once=(--device cpu --shape "B=1,N=4,D=16,heads=1" --backend triton)
+    export TRITON_INTERPRET=1
+fi
+limit 40 "$python" -m bench once "${benchmarks[@]}" "${once[@]}" --repeat 10 --table >"$scratch/kernels" 2>&1
 status=$?
-keep "$scratch/kernels" kernels.txt
-note "kernels, torch's profiler" "$status"
 limit 30 "$python" -m profiling.host_cost --rounds 100 >>"$out/times.txt" 2>&1
 note "host's cost of a call" $?
 
-ncu=$(command -v ncu || ls /usr/local/cuda/bin/ncu 2>/dev/null)
-if [ -n "$ncu" ]; then
-    metrics=gpu__time_duration.sum,dram__bytes_read.sum,dram__bytes_write.sum
-    metrics+=,dram__throughput.avg.pct_of_peak_sustained_elapsed,sm__throughput.avg.pct_of_peak_sustained_elapsed
-    metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_per_thread
-    metrics+=,lts__t_sector_hit_rate.pct,smsp__inst_executed_op_local_st.sum
-    limit 50 "$ncu" --profile-from-start off --clock-control none --csv --metrics "$metrics" \
-        "$python" "${one_pass[@]}" >"$scratch/ncu" 2>&1
-    status=$?
-    keep "$scratch/ncu" ncu.csv
-    note "kernels, Nsight Compute" "$status"
+if [ -n "$dry" ]; then
+    results+=("kernels, Nsight Compute: left out of a dry run")
 else
-    results+=("kernels, Nsight Compute: left out, ncu is not found")
+    PYTHON=$python limit 60 profiling/ncu.sh "${benchmarks[@]}" --dtype bfloat16 --out "$scratch/ncu" >"$scratch/ncu.txt" 2>&1
+    ncu=$?
+    if [ "$ncu" -eq 2 ]; then
+        results+=("kernels, Nsight Compute: left out, $(head -n 1 "$scratch/ncu.txt")")
+    else
+        note "kernels, Nsight Compute" "$ncu"
+        cat "$scratch"/ncu/*.ncu.csv >"$scratch/ncu.csv" 2>/dev/null && keep "$scratch/ncu.csv" ncu.csv
+    fi
+    {
+        echo
+        echo "=== Nsight Compute"
+        tail -n 200 "$scratch/ncu.txt"
+    } >>"$scratch/kernels"
 fi
+keep "$scratch/kernels" kernels.txt
+note "kernels, torch's profiler" "$status"
 
 {
     grep -m 1 -i -E 'nvidia|name=' "$out/machine.txt" || echo "no GPU"
@@ -193,7 +212,7 @@ fi
     grep -h -E '^(=== |[0-9]+ (passed|failed)|.*(passed|failed|skipped).* in )' "$out/tests.txt"
     grep -h -E '^(FAILED|ERROR) ' "$out/tests.txt" | cut -c 1-200 | head -n 40
     echo
-    cut -c 1-200 "$out/times.txt" | head -n 40
+    sed '/^=== all/,$d' "$out/times.txt" | cut -c 1-200 | head -n 60
     echo
     echo "took $SECONDS s"
 } >"$out/summary.txt"

@@ -16,8 +16,9 @@ import yaml
 from safetensors.torch import load_file
 from tiny_run import TINY_SETTINGS, tiny_config, untrained_specialists
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
-from tiger_fast import experts
+from tiger_fast import experts, profiler_ranges
 from tiger_fast.__main__ import main as command
 from tiger_fast._files import write_whole
 from tiger_fast.data import HELDOUT_OFFSET, CachedSamples, Scenes
@@ -173,6 +174,13 @@ def test_mixed_precision_fits_a_step():
     assert run.global_step == 1 and torch.bfloat16 in seen
     assert {p.dtype for p in module.parameters()} == {torch.float32}
     assert all(torch.isfinite(value) for value in run.callback_metrics.values())
+
+
+def test_a_step_has_ranges_for_profilers():
+    with profile(activities=[ProfilerActivity.CPU]) as seen, profiler_ranges():
+        trainer(max_steps=2).fit(TIGERModule(model=tiny_model()), tiny_data())
+    counts = {event.key: event.count for event in seen.key_averages() if event.key.startswith("trainer.")}
+    assert counts == {"trainer.step": 2, "trainer.objective": 2, "trainer.backward": 2}
 
 
 def test_validation_scores_are_those_of_the_whole_set():

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from tiger_fast import _checks as check
 from tiger_fast._extras import unknown
+from tiger_fast._ranges import phase
 from tiger_fast.functional import Routed
 from tiger_fast.models.checkpoint import read_checkpoint, write_checkpoint
 from tiger_fast.models.presets import REMOVALS, ExpertSpec, TIGERSettings, preset
@@ -245,7 +246,8 @@ class TIGER(nn.Module):
             raise ValueError(
                 f"experts {missing} are specifications only: pass features= instead, or build with modules"
             )
-        return [expert(images, self.settings.grid) for expert in self.experts]
+        with phase("tiger.experts"):
+            return [expert(images, self.settings.grid) for expert in self.experts]
 
     def forward(self, images: Tensor | None = None, *, features: Sequence[Tensor] | None = None) -> TIGEROutput:
         """Predict every task.
@@ -279,17 +281,20 @@ class TIGER(nn.Module):
         present = [k for k in range(len(features)) if k != absent]
         if not present:
             raise ValueError("the only expert cannot be absent")
-        experts = torch.stack([self.projections[k](features[k]) for k in present], dim=1)
+        with phase("tiger.adapters"):
+            experts = torch.stack([self.projections[k](features[k]) for k in present], dim=1)
         if self.expert_interaction is not None:
-            experts = self.expert_interaction(experts)
-        if self.router is None:
-            return experts, self._mean(experts)
-        if images is None:
-            query = F.layer_norm(experts.mean(dim=1), experts.shape[-1:])
-        else:
-            query = self.query_encoder(images, self.settings.grid)
-        # Under autocast a LayerNorm returns float32 and an interaction bfloat16: one type for the router.
-        return experts, self.router.mix(query.to(experts.dtype), experts, self.instruction_encoder())
+            with phase("tiger.expert_interaction"):
+                experts = self.expert_interaction(experts)
+        with phase("tiger.router"):
+            if self.router is None:
+                return experts, self._mean(experts)
+            if images is None:
+                query = F.layer_norm(experts.mean(dim=1), experts.shape[-1:])
+            else:
+                query = self.query_encoder(images, self.settings.grid)
+            # Under autocast a LayerNorm returns float32 and an interaction bfloat16: one type for the router.
+            return experts, self.router.mix(query.to(experts.dtype), experts, self.instruction_encoder())
 
     def _mean(self, experts: Tensor) -> Routed:
         shape = (experts.shape[0], len(self.tasks), experts.shape[2], experts.shape[1])
@@ -318,8 +323,10 @@ class TIGER(nn.Module):
     def decode(self, tokens: Tensor) -> dict[str, Tensor]:
         """Routed tokens (B, T, N, D) to logits by task: task interaction, decoder, heads."""
         if self.task_interaction is not None:
-            tokens = self.task_interaction(tokens)
-        logits = self.decoder(tokens, self.instruction_encoder(), self.settings.grid)
+            with phase("tiger.task_interaction"):
+                tokens = self.task_interaction(tokens)
+        with phase("tiger.decoder"):
+            logits = self.decoder(tokens, self.instruction_encoder(), self.settings.grid)
         return dict(zip(self.task_names, logits, strict=True))
 
     # -- losses ------------------------------------------------------------------------------------------------------
@@ -333,7 +340,8 @@ class TIGER(nn.Module):
                 if logits.shape[-2:] != target.shape[-2:]:
                     logits = F.interpolate(logits, target.shape[-2:], mode="bilinear", align_corners=False)
                 loss = self.losses[task.name] if task.name in self.losses else task.loss
-                maps[task.name] = loss(logits, target)
+                with phase("tiger.losses"):
+                    maps[task.name] = loss(logits, target)
         return maps
 
     def token_losses(self, predictions: Mapping[str, Tensor], targets: Mapping[str, Tensor]) -> TokenLosses:
@@ -385,7 +393,8 @@ class TIGER(nn.Module):
         elif self.linear_heads is not None:
             # The heads learn at every step: they are no worse informed when they are asked, and no step leaves
             # parameters without a gradient, which DistributedDataParallel would take for an error.
-            delta, counted, own = self.linear_heads(experts, routed.weights, self._token_targets(targets))
+            with phase("tiger.counterfactual"):
+                delta, counted, own = self.linear_heads(experts, routed.weights, self._token_targets(targets))
             total = total + own
             if wanted:
                 aligned = self._counterfactual("mixture").align(delta, routed.weights, counted)
@@ -458,9 +467,10 @@ class TIGER(nn.Module):
     ) -> Tensor:
         features = self._features(images, features)
         without = []
-        for k in range(len(features)):
-            _, routed = self.route(images, features, absent=k)
-            without.append(self.token_losses(self.decode(routed.tokens), targets).values)
+        with phase("tiger.counterfactual"):
+            for k in range(len(features)):
+                _, routed = self.route(images, features, absent=k)
+                without.append(self.token_losses(self.decode(routed.tokens), targets).values)
         return torch.stack([losses - full.values for losses in without], dim=-1)
 
     # -- housekeeping ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 from tiger_fast import _checks as check
 from tiger_fast import functional
 from tiger_fast._extras import unknown
+from tiger_fast._ranges import phase
 from tiger_fast.nn.losses import mean_over_ranks
 
 REMOVALS = ("mixture", "task")
@@ -135,7 +136,7 @@ class CounterfactualLoss(nn.Module):
         chosen: Sequence[int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Eq. 8 without the alignment: (delta (B, T, N, len(chosen)), valid (B, T, N) or None)."""
-        with _statistics_kept(self._decode[0]) as by_batch:
+        with phase("tiger.counterfactual"), _statistics_kept(self._decode[0]) as by_batch:
             mixtures = functional.leave_one_out(
                 experts, weights, renormalize=self.renormalize, backend=self.backend
             )  # (B, T, M, N, D)
@@ -329,15 +330,16 @@ class _Tap(torch.autograd.Function):
     def backward(ctx, tokens_gradient, scalar_gradient):
         weights, experts = ctx.saved_tensors
         record, owner = ctx.record, ctx.owner
-        slopes = torch.einsum("btnd,bmnd->btnm", tokens_gradient.to(experts.dtype), experts).to(weights.dtype)
-        # The losses are means over the batch's tokens: times their number, so that delta is a token's own rise and
-        # eps of eq. 9 stays small beside it. A loss scale cancels in eq. 9 as far as eps allows.
-        delta = -weights * slopes * weights[:, 0, :, 0].numel()
-        with torch.enable_grad():
-            leaf = weights.detach().requires_grad_()
-            loss = functional.alignment_loss(
-                delta, leaf, tau=owner.tau, eps=owner.eps, mask=record.valid, backend=owner.backend
-            )
-            (gradient,) = torch.autograd.grad(loss, leaf)
+        with phase("tiger.counterfactual"):
+            slopes = torch.einsum("btnd,bmnd->btnm", tokens_gradient.to(experts.dtype), experts).to(weights.dtype)
+            # The losses are means over the batch's tokens: times their number, so that delta is a token's own rise and
+            # eps of eq. 9 stays small beside it. A loss scale cancels in eq. 9 as far as eps allows.
+            delta = -weights * slopes * weights[:, 0, :, 0].numel()
+            with torch.enable_grad():
+                leaf = weights.detach().requires_grad_()
+                loss = functional.alignment_loss(
+                    delta, leaf, tau=owner.tau, eps=owner.eps, mask=record.valid, backend=owner.backend
+                )
+                (gradient,) = torch.autograd.grad(loss, leaf)
         record.loss, record.delta = loss.detach(), delta
         return tokens_gradient, gradient * (scalar_gradient * record.share), None, None, None

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from tiger_fast import reference
+from tiger_fast import _ranges, reference
 from tiger_fast._extras import unknown
 from tiger_fast._version import __version__
 from tiger_fast.ops import cpu, triton
@@ -87,16 +87,18 @@ def select(op: str, backend: str | None, *inputs: Tensor) -> Callable:
     """
     device = inputs[0].device
     chosen = resolve(backend, device)
-    native = _NATIVE[chosen].get(op)
-    if native is None or chosen == "reference":
-        return _NATIVE["reference"][op]
-    if device.type not in (*_DEVICES[chosen], "meta"):  # on meta tensors every op gives shapes
+    if op not in _NATIVE[chosen]:
+        chosen = "reference"
+    if chosen != "reference" and device.type not in (*_DEVICES[chosen], "meta"):  # on meta every op gives shapes
         raise ValueError(f"backend {chosen!r} runs on {' and '.join(_DEVICES[chosen])} tensors, got one on {device}")
     if chosen == "triton" and any(t.dtype == torch.float64 for t in inputs):
-        if backend is None and _forced is None and not os.environ.get("TIGER_FAST_BACKEND"):
-            return _NATIVE["reference"][op]
-        raise TypeError("backend 'triton' runs float32, bfloat16 and float16, got float64; backend='reference' has it")
-    return native
+        if backend is not None or _forced is not None or os.environ.get("TIGER_FAST_BACKEND"):
+            raise TypeError(
+                "backend 'triton' runs float32, bfloat16 and float16, got float64; backend='reference' has it"
+            )
+        chosen = "reference"
+    implementation = _NATIVE[chosen][op]
+    return _ranges.ranged(f"tiger_fast.{op}", implementation) if _ranges.on else implementation
 
 
 @contextmanager

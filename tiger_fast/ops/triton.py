@@ -8,6 +8,7 @@ from importlib import import_module
 
 import torch
 
+from tiger_fast import _ranges
 from tiger_fast.ops.adapter import adapter
 from tiger_fast.ops.alignment import alignment_loss, causal_target
 from tiger_fast.ops.competency_aggregate import competency_aggregate
@@ -88,11 +89,14 @@ def _implementation(name: str, device: str) -> Callable:
     def run(*arguments: object) -> object:
         # Autograd is on where no autograd.Function is around, as in exported programs, and autocast in a backward that is
         # called under it: the library's products would refuse to write into our memory, or round.
+        function = launcher(name)
+        if _ranges.on:
+            function = _ranges.ranged(f"tiger_fast.kernels.{name}", function)
         with torch.no_grad():
             if torch.is_autocast_enabled(device):
                 with torch.autocast(device, enabled=False):
-                    return launcher(name)(*arguments)
-            return launcher(name)(*arguments)
+                    return function(*arguments)
+            return function(*arguments)
 
     return run
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tiger_fast._extras import require, unknown
+from tiger_fast._ranges import phase
 from tiger_fast.models import TIGER
 from tiger_fast.models.presets import preset as find_preset
 from tiger_fast.models.tasks import TASK_SETS, select_tasks
@@ -108,15 +109,26 @@ class TIGERModule(LightningModule):
 
     def training_step(self, batch: Mapping[str, Any], batch_idx: int) -> dict[str, Tensor]:
         """The objective (TIGER eq. 14) of one batch."""
-        objective = self.model.objective(
-            self._targets(batch), batch["image"], features=batch.get("features"), step=self.global_step
-        )
+        with phase("trainer.objective"):
+            objective = self.model.objective(
+                self._targets(batch), batch["image"], features=batch.get("features"), step=self.global_step
+            )
         self._record = objective.record
         self._log_step({"loss": objective.total, **objective.tasks}, prog_bar=("loss",))
         if objective.counterfactual is not None:
             self._log_step({"counterfactual": objective.counterfactual})
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], logger=False)
         return {"loss": objective.total, "weights": objective.weights}
+
+    def backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
+        """Lightning's, in a range."""
+        with phase("trainer.backward"):
+            super().backward(loss, *arguments, **keywords)
+
+    def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
+        """Lightning's, in a range; the objective and backward are within it."""
+        with phase("trainer.step"):
+            super().optimizer_step(*arguments, **keywords)
 
     def on_after_backward(self) -> None:
         """The first-order counterfactual loss is known only now."""
