@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not in
 from bench import grid, measure, models, once, peers, presets, suites, table, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, Case, Sizes, footprint
 from bench.timing import Plan
+from tiger_fast.ops import triton
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = Sizes(B=2, N=6, D=24, M=3, T=2, R=4, C=5, G=3, heads=4)
@@ -447,10 +448,12 @@ def test_on_cuda_torch_compile_takes_part_with_max_autotune_too():
     assert list(peers.peers(Case("route", SMALL), smoke, compiles=True)[0]) == ["eager", "compile"]
 
 
-def test_targets_are_met_or_missed_by_the_fastest_of_those_that_count():
+def test_targets_are_of_the_preset_as_it_stands_and_of_the_fastest_that_counts():
     row = {
-        "variant": {},
         "preset": "design",
+        "sizes": asdict(Sizes()),
+        "dtype": "float32",
+        "device": "cpu",
         "subject": "group_attention",
         "direction": "forward",
         "ours": {},
@@ -458,21 +461,25 @@ def test_targets_are_met_or_missed_by_the_fastest_of_those_that_count():
         "limit": {"share": 0.8},
     }
     assert table.against_targets(row) == [("eager/sdpa", 10.0, 9.0), ("compile", 6.5, 7.0)]
-    assert [what for what, *_ in table.against_targets(row | {"preset": "gpu"})] == [
-        "sdpa/flash-attn/xformers",
-        "limit",
-    ]
-    assert table.against_targets(row | {"variant": {"G": 2}}) == []
+    gpu = row | {"preset": "gpu", "sizes": asdict(Sizes(B=32)), "dtype": "bfloat16", "device": "cuda", "peers": {}}
+    (what, target, value), limit = table.against_targets(gpu)
+    assert (what, target) == ("sdpa/flash-attn/xformers", 10.0) and math.isnan(value) and limit == ("limit", 0.85, 0.8)
+    for other in ({"sizes": asdict(Sizes(G=2))}, {"dtype": "bfloat16"}, {"subject": "adapter"}):
+        assert table.against_targets(row | other) == []
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------------
 
 
-def test_once_lists_the_operators_of_ours(capsys):
-    given = ["leave_one_out/forward+backward", "--shape", TINY, "--device", "cpu", "--table", "--repeat", "2"]
-    assert once.main(given) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].startswith("leave_one_out/forward+backward: ") and len(lines) > 2
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_once_lists_the_operators_of_ours(backend, capsys):
+    if backend not in presets.available_backends() or backend == "triton" and not triton.INTERPRETED:
+        pytest.skip(f"{backend} does not run on CPU tensors here")
+    given = ["leave_one_out/forward+backward", "--shape", "B=1,N=4,D=16,M=2,T=2,heads=2", "--device", "cpu"]
+    assert once.main([*given, "--backend", backend, "--table", "--repeat", "2"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("leave_one_out/forward+backward: ") and rest
+    assert any("::leave_one_out_backward" in line and " 1.0 x" in line for line in rest) == (backend != "reference")
 
 
 @pytest.mark.parametrize(
