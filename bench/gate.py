@@ -16,9 +16,6 @@ one is always low: what is allowed is such that all checks together raise a fals
 
 import math
 import statistics
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,8 +45,8 @@ LEAST_RUNS = 3
 
 NORMAL = NormalDist()
 Row = Mapping[str, Any]
-# Measures rows again: ids, each with the peer that is wanted -> rows by id, without those that failed.
-Again = Callable[[Mapping[str, str]], Mapping[str, Row]]
+# Measures rows again, by id; what failed is left out.
+Again = Callable[[Sequence[str]], Mapping[str, Row]]
 
 
 def observed(row: Row, peer: str) -> tuple[float, float] | None:
@@ -230,7 +227,7 @@ def judge(found: Iterable[Check], again: Again) -> list[Check]:
     """Measure again what looks slower until every verdict is settled."""
     found = list(found)
     while waiting := [check for check in found if not check.settled]:
-        rows = again({name: peer for check in waiting for name, peer in check.peers.items()})
+        rows = again(list(dict.fromkeys(name for check in waiting for name in check.peers)))
         for check in waiting:
             value = check.value(rows)
             if value is None:
@@ -344,24 +341,3 @@ def table(found: Sequence[Check]) -> str:
             )
         )
     return files.align(cells)
-
-
-def in_fresh_processes(now: Results, options: Sequence[str]) -> Again:
-    """`Again` by pytest, with the options of the run that is judged."""
-
-    def again(wanted: Mapping[str, str]) -> Mapping[str, Row]:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "again.json"
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options]
-            command += [f"--peers={','.join(sorted(set(wanted.values())))}", f"--benchmark-json={file}"]
-            subprocess.run(
-                [*command, *(now.benchmarks[name]["fullname"] for name in wanted)],
-                cwd=files.ROOT,
-                stdout=subprocess.DEVNULL,
-            )
-            try:
-                return files.measured(files.load(file))
-            except files.Unusable:  # not even one row: the process ended early
-                return {}
-
-    return again

@@ -28,10 +28,10 @@ IDS = tuple(f"{subject}/{d}{tail}" for subject in SUBJECTS for d in DIRECTIONS f
 class Machine:
     """Time with noise, all of it drawn from a seed.
 
-    rounds: how many a row has. noise: of a round, relative, for the quietest half of the rows; others have up to four times
-    as much. bursts: the share of samples in which somebody else's load takes up to twice the time on top. drift: of a ratio from run
-    to run, which no round sees: half of its variance stays for a run and what is measured again for it, and half of each of
-    these is common to all rows. slow: factors of ours by subject.
+    rounds: how many a row has. noise: of a round, relative, for the quieter rows; others have up to four times as much.
+    bursts: the share of samples in which somebody else's load takes up to twice the time on top. drift: of a ratio from run
+    to run, which no round sees: half of its variance stays for a run and what is measured again for it, and half of each
+    of these is common to all rows. slow: factors of ours by subject.
     """
 
     seed: int = 0
@@ -72,10 +72,10 @@ class Machine:
         self._run, self._pass = {"": self.draws.gauss(0, 1)}, self.draws.gauss(0, 1)
         return document([self.row(name, peers) for name in names], **self.facts)
 
-    def again(self, wanted: Mapping[str, str]) -> dict[str, Any]:
+    def again(self, names: Iterable[str]) -> dict[str, Any]:
         """`gate.Again` for the latest run."""
         self._pass = self.draws.gauss(0, 1)
-        return {name: self.row(name, [peer]) for name, peer in wanted.items()}
+        return {name: self.row(name) for name in names}
 
 
 def row(name: str, timings: Mapping[str, timing.Timing], **changes: Any) -> dict[str, Any]:
