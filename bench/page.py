@@ -1,7 +1,7 @@
 """`python -m bench page`: docs/results.md and its pictures from the committed files in bench/results/, and from nothing else.
 
-The same files give the same page, byte for byte, and the same pictures with the same matplotlib. CPUs are quoted by ratios, since
-a time there says more about the machine's other work than about the code; times are for GPUs alone.
+The same files give the same page, byte for byte, and the same pictures with the same matplotlib. CPUs are quoted by
+ratios, since a time there says more about the machine's other work than about the code; times are for GPUs alone.
 """
 
 import argparse
@@ -27,8 +27,8 @@ faster; ± is the larger side of its 95 % interval, `?` marks rounds too few for
 plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs this page has ratios
 and shares only: a time there says as much about the machine's other work as about the code."""
 
-COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process where
-glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
+COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
+where glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
 must move and compute, over our time; `limit` is the floor's share of our time, where the floor follows from copy bandwidth
 and matrix products measured in the same run, and what holds it; data that stays in the caches passes 100 %. `peak` is what a
 call takes beyond its arguments."""
@@ -322,7 +322,7 @@ def draw_ratios(figure: Any, rows: Sequence[Row]) -> None:
     axes.set_yticks([n + 0.4 - height / 2 for n in range(len(rows))])
     axes.set_yticklabels([f"{row['subject']} {row['direction']}" for row in rows], fontsize=7)
     axes.invert_yaxis()
-    axes.set_xscale("log")
+    _powers_of_two(axes.set_xscale, axes.xaxis)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("the peer's time over ours")
     axes.legend(fontsize=7)
@@ -346,6 +346,8 @@ def draw_roofline(figure: Any, rows: Sequence[Row]) -> None:
         axes.annotate(str(n + 1), (x, y / 1e9), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
     axes.set_xlabel("operations a byte")
     axes.set_ylabel("GFLOP/s")
     axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
@@ -366,13 +368,20 @@ def draw_scaling(figure: Any, lines: Mapping[tuple[str, str, str], Sequence[Row]
             ]
             found = [(value, t["median"] / first) for value, t in found if "median" in t]
             axes.plot(*zip(*found), "o-", markersize=3, linewidth=1, label=who)
-        axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
+        _powers_of_two(axes.set_xscale, axes.xaxis)
+        axes.set_xticks([row["variant"][name] for row in rows])
+        _powers_of_two(axes.set_yscale, axes.yaxis)
         axes.set_title(f"{subject} {direction}", fontsize=7)
         axes.set_xlabel(name, fontsize=7)
         axes.tick_params(labelsize=6)
         if n == 0:
             axes.legend(fontsize=6)
+
+
+def _powers_of_two(scale: Callable[..., None], axis: Any) -> None:
+    # A ratio of 3 or 20 lies between two of them; a logarithmic axis's own labels are powers of ten.
+    scale("log", base=2)
+    axis.set_major_formatter("{x:g}")
 
 
 def save(drawn: Mapping[str, Callable[[Any], None]], folder: Path) -> None:
