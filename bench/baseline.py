@@ -22,21 +22,22 @@ from bench.files import Results
 KEPT_FACTS = (
     "device",
     "driver",
+    "cpu_name",
+    "cores",
+    "threads",
+    "instructions",
     "torch",
     "triton",
     "compiler",
+    "python",
+    "huge_pages",
+    "allocator",
     "revision",
     "dirty",
-    "threads",
-    "instructions",
-    "allocator",
     "load",
     "date",
     "contract",
     "contract_version",
-    "python_version",
-    "machine",
-    "system",
 )
 # What has to be the same in runs that are merged.
 SAME = ("device", "driver", "torch", "triton", "threads", "revision", "dirty", "contract_version")

@@ -20,7 +20,7 @@ class Unusable(Exception):
 @dataclass(frozen=True)
 class Results:
     """One file: the machine's facts, pytest-benchmark's own benchmarks by id, or by name where they have no row, and the rows
-    among them by id."""
+    among them by id, those that could not be measured too."""
 
     path: Path
     machine: Mapping[str, Any]
@@ -59,6 +59,7 @@ def results(document: Any, path: Path = Path("this run")) -> Results:
     try:
         found = {b["extra_info"].get("id", b["fullname"]): b for b in document["benchmarks"]}
         rows = {name: b["extra_info"] for name, b in found.items() if "id" in b["extra_info"]}
+        rows |= {row["id"]: row for row in document.get("not_measured", ())}
         return Results(path, document["machine_info"], found, rows)
     except (AttributeError, KeyError, TypeError):
         raise Unusable(f"{path}: not a result of pytest-benchmark (--benchmark-json)") from None

@@ -11,12 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import files
+from bench import files, table
+from bench.cases import DIRECTIONS
 from bench.files import Results
-from bench.targets import BANDWIDTH, CPU, GPU, TARGETS
+from bench.presets import PRESETS
+from tiger_fast.ops import backends
 
 DOCS = files.ROOT / "docs"
 NOT_MEASURED = "not measured"
+# The presets that figures are stated for, and that have targets: (kind of device, preset, type).
+STATED = tuple((kind, name, PRESETS[name].dtype) for kind, name in (("CPU", "design"), ("GPU", "gpu")))
 Row = Mapping[str, Any]
 
 INTRODUCTION = """# Results
@@ -76,55 +80,49 @@ def _where(found: Sequence[Results]) -> str:
 # -- targets -----------------------------------------------------------------------------------------------------------
 
 
+def _stated(found: Sequence[Results], kind: str, preset: str, dtype: str) -> list[Results]:
+    return [r for r in found if _kind(r) == (preset, dtype) and _gpu(r) == (kind == "GPU")]
+
+
 def _targets(found: Sequence[Results]) -> list[str]:
     parts = []
-    for name, kind, gpu in (("CPU", CPU, False), ("GPU", GPU, True)):
-        those = [results for results in found if _kind(results) == kind and _gpu(results) == gpu]
-        head = ["op", "direction", "against", "target", *(r.device_class for r in those)] + [name] * (not those)
+    for kind, preset, dtype in STATED:
+        those = _stated(found, kind, preset, dtype)
         lines = []
-        for (op, direction), wanted in TARGETS[kind].items():
-            for against, least in wanted.items():
-                cells = [_target(r.rows.get(f"{op}/{direction}", {}), against, least) for r in those] or [NOT_MEASURED]
-                lines.append([op, direction, against, _figure(against, least), *cells])
-        parts += [f"{name}, preset `{kind[0]}`, {kind[1]}:", _table(head, lines)]
+        for (op, direction), wanted in table.TARGETS[preset].items():
+            reached = [_reached(r.rows.get(f"{op}/{direction}")) for r in those] or [{}]
+            for what, least in wanted.items():
+                cells = [_target(what, values.get(what, math.nan), least) for values in reached]
+                lines.append([op, direction, what.replace("/", " or "), _figure(what, least), *cells])
+        head = ["op", "direction", "against", "target", *([r.device_class for r in those] or [kind])]
+        parts += [f"{kind}, preset `{preset}`, {dtype}:", _table(head, lines)]
     return parts
 
 
-def reached(row: Row, against: str) -> float | None:
-    """What a row has of a target's kind: its ratio to the peer (to the better of several), or its share of the bandwidth."""
-    if "ours" not in row:
-        return None
-    if against == BANDWIDTH:
-        return row["achieved"]["bytes_per_second"] / row["limit"]["copy_bandwidth"] if row.get("limit") else None
-    found = [_ratio_of(row, peer) for peer in against.split(" or ")]
-    values = [ratio["value"] for ratio in found if ratio]
-    return min(values, default=None)
+def _reached(row: Row | None) -> dict[str, float]:
+    return {what: value for what, _, value in table.against_targets(row)} if row else {}
 
 
-def _target(row: Row, against: str, least: float) -> str:
-    value = reached(row, against)
-    if value is None:
+def _target(what: str, value: float, least: float) -> str:
+    if math.isnan(value):
         return NOT_MEASURED
-    return f"{_figure(against, value)} {'met' if value >= least else 'MISSED'}"
+    return f"{_figure(what, value)} {'met' if value >= least else 'MISSED'}"
 
 
-def _figure(against: str, value: float) -> str:
-    return f"{value:.0%}" if against == BANDWIDTH else f"{value:.3g}x"
+def _figure(what: str, value: float) -> str:
+    return f"{value:.0%}" if what == "limit" else f"{value:.2f}"
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
 def _summary(found: Sequence[Results]) -> str:
-    # The presets that figures are stated for, beside each other; one column group a device class.
+    # The presets that figures are stated for, beside each other.
     sides = []
-    for kind, gpu in ((CPU, False), (GPU, True)):
-        those = [results for results in found if _kind(results) == kind and _gpu(results) == gpu]
-        sides += [(results.device_class, results.rows) for results in those] or [("GPU" if gpu else "CPU", {})]
-    names: dict[tuple[str, str], None] = dict.fromkeys(pair for kind in (CPU, GPU) for pair in TARGETS[kind])
-    names |= dict.fromkeys(
-        (r["subject"], r["direction"]) for _, rows in sides for r in rows.values() if r["suite"] == "ops"
-    )
+    for kind, preset, dtype in STATED:
+        those = _stated(found, kind, preset, dtype)
+        sides += [(results.device_class, results.rows) for results in those] or [(kind, {})]
+    names = dict.fromkeys((op, direction) for op in backends.OPS for direction in DIRECTIONS)
     head = ["op", "direction"]
     for side, _ in sides:
         head += [f"{side}: eager", f"{side}: fastest peer", f"{side}: limit"]
