@@ -121,7 +121,7 @@ def write(document: Mapping[str, Any], folder: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench baseline", description=__doc__)
-    parser.add_argument("--runs", type=int, default=5, help="how many runs to make (default: 5)")
+    parser.add_argument("--runs", type=int, default=7, help="how many runs to make (default: 7)")
     parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="merge these runs' JSON, make none")
     parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder (default: bench/results)")
     options, others = parser.parse_known_args(arguments)

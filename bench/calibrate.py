@@ -61,7 +61,9 @@ def rates(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _caught(found: Sequence[Mapping[str, Any]]) -> int:
     # By a row of the subject, or all of its rows as one.
-    return sum(any(name.startswith((f"{one['subject']}/", f"{one['subject']},")) for name in one["slower"]) for one in found)
+    return sum(
+        any(name.startswith((f"{one['subject']}/", f"{one['subject']},")) for name in one["slower"]) for one in found
+    )
 
 
 def subjects(then: files.Results) -> list[str]:
@@ -78,7 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--runs", type=int, default=20, help="unchanged ones (default: 20)")
     parser.add_argument("--each", type=int, default=10, help="slowed ones for each subject (default: 10)")
     parser.add_argument("--slow", type=float, default=1.10, metavar="FACTOR", help="default: 1.10")
-    parser.add_argument("--folder", type=Path, default=files.ROOT / "runs" / "calibrate", help="default: runs/calibrate")
+    parser.add_argument(
+        "--folder", type=Path, default=files.ROOT / "runs" / "calibrate", help="default: runs/calibrate"
+    )
     options, others = parser.parse_known_args(arguments)
     found = []
     try:

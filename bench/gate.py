@@ -27,8 +27,8 @@ from bench.files import Results
 
 # The slow-down to notice, and how surely. A check whose noise is too large for it says what it notices instead.
 NOTICED, POWER = math.log(1.10), 0.95
-# Of all runs. Less than what is wanted (1 in 20): noise is not normal, and a spread from a few runs not exact.
-FALSE_ALARMS = 0.03
+# Of all runs, at most: 1 in 20.
+FALSE_ALARMS = 0.05
 # The least that is allowed: another day, or the same kernel linked elsewhere, is not in the spread of a baseline's runs.
 LEAST_ALLOWED = math.log(1.05)
 # Odd. The median of five has half the noise of one, and two of them may meet a burst.
