@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from bench import timing
-from bench.cases import DIRECTIONS, LOSSES, OPS, TOLERANCE, Case, Sizes, footprint, native_ops, ours
+from bench.cases import DIRECTIONS, LOSSES, OPS, TOLERANCE, Case, Sizes, footprint
+from bench.presets import native_ops
 from bench.timing import Plan, Row
 
 LIMIT_BYTES = 4 * 10**9
@@ -76,7 +77,8 @@ def measure(op: str, sizes: Sizes, keywords: Mapping[str, Any], direction: str) 
     """Ours against the reference in one cell; a cell that looks slower is measured again."""
     case = Case(op, sizes, **keywords)
     calls = {
-        name: case.call(case.function(b), direction) for name, b in (("ours", ours(op)), ("reference", "reference"))
+        name: case.call(case.function(b), direction)
+        for name, b in (("ours", "cpu" if op in native_ops() else "reference"), ("reference", "reference"))
     }
 
     def clear(samples: Mapping[str, list[float]]) -> bool:

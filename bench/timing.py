@@ -2,7 +2,9 @@
 
 A measurement runs in rounds. A round calls every callable in a shuffled order (a fixed one would always put the same
 neighbour's data into the caches before the same callable), as often in a row as makes a sample long enough for the
-clock. Outputs are dropped after each call, inside the sample, so every call allocates as a user's would.
+clock. Outputs are dropped after each call, inside the sample, so every call allocates as a user's would. The clock is the
+host's, or CUDA events; what one of two callables does to the caches the other sees on a CPU, as in use, while on CUDA
+arguments are rotated (`Turns`) or the cache is flushed, so that every call finds its arguments in device memory.
 """
 
 import math
@@ -14,6 +16,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +24,23 @@ import torch
 from torch import Tensor
 
 Call = Callable[[], Any]
-Clock = Callable[[], float]
+
+# What a number means; whoever compares two files compares numbers of one contract only.
+CONTRACT_VERSION = 1
+CONTRACT = (
+    "Outputs are compared before anything is timed, and what disagrees has no time. Callables run interleaved in shuffled "
+    "order; times are medians of rounds with quartiles; a ratio is the peer's median over ours, with a 95 % interval for the "
+    "median of the rounds' own ratios. CPU: perf_counter, samples of at least 0.2 ms, fresh outputs. CUDA: events, arguments "
+    "rotated through four L2 caches (models: the cache flushed), CUDA-graph replay where a call is shorter than its launch. "
+    "Warm-up is by time. Limits (copy bandwidth, library product) are measured in the same run, best rounds."
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # A sample shorter than this is one of several calls: perf_counter's own cost, 0.1 us, stays below a thousandth.
 SAMPLE_SECONDS = 2e-4
-# Larger than any last-level cache in use, and large enough that its pages dominate a fresh allocation.
-COPY_BYTES = 256 * 2**20
+# Larger than any last-level cache in use, and large enough that its pages dominate a fresh allocation; on a GPU also that the
+# launch is nothing beside it.
+COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
 
 
 @dataclass(frozen=True)
@@ -121,52 +134,151 @@ def interleave(
     calls: Mapping[str, Call],
     plan: Plan | None = None,
     *,
-    clock: Clock = time.perf_counter,
+    clock: "Clock | None" = None,
     enough: Callable[[Mapping[str, list[float]]], bool] = lambda samples: False,
 ) -> dict[str, Timing]:
     """Measure callables against each other.
 
     Args:
-        calls: what to measure, by name.
+        calls: what to measure, by name; a `Graph` makes several calls at once.
         plan: how long; None: `Plan()`.
-        clock: seconds from any origin.
+        clock: takes the samples; None: the host's clock.
         enough: asked after every round from the third, given the samples so far; True ends the measurement early.
 
     Returns:
         A timing for each name, all of them of the same rounds.
     """
-    plan = plan or Plan()
+    plan, clock = plan or Plan(), clock or HostClock()
     repeats = {name: _warm(call, plan, clock) for name, call in calls.items()}
+    counts = {name: repeats[name] * getattr(call, "count", 1) for name, call in calls.items()}
     samples: dict[str, list[float]] = {name: [] for name in calls}
     draws, budget, spent = random.Random(0), plan.seconds * len(calls), 0.0
     for count in range(plan.most):
         if count >= plan.least and spent >= budget:
             break
         for name in draws.sample(list(calls), len(calls)):
-            call, repeat = calls[name], repeats[name]
-            begin = clock()
-            for _ in range(repeat):
-                call()
-            elapsed = clock() - begin
-            samples[name].append(elapsed / repeat)
+            elapsed = clock.sample(calls[name], repeats[name])
+            samples[name].append(elapsed / counts[name])
             spent += elapsed
         if count >= 2 and enough(samples):
             break
-    return {name: Timing(tuple(values), repeats[name]) for name, values in samples.items()}
+    return {name: Timing(tuple(values), counts[name]) for name, values in samples.items()}
 
 
-def _warm(call: Call, plan: Plan, clock: Clock) -> int:
+def _warm(call: Call, plan: Plan, clock: "Clock") -> int:
     # Warm-up by time, at least one call. Returns how many calls make a sample, from the fastest: the first may compile,
     # load libraries and grow a memory pool.
-    fastest, begin = math.inf, clock()
+    fastest, begin = math.inf, clock.now()
     while True:
-        start = clock()
-        call()
-        now = clock()
-        fastest = min(fastest, now - start)
-        if now - begin >= plan.warmup:
+        fastest = min(fastest, clock.sample(call, 1))
+        if clock.now() - begin >= plan.warmup:
             break
     return max(1, math.ceil(SAMPLE_SECONDS / fastest)) if fastest > 0 else 1
+
+
+# -- clocks ------------------------------------------------------------------------------------------------------------
+
+
+class HostClock:
+    """The host's clock around calls that are over when they return.
+
+    Args:
+        now: seconds from any origin.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now = now
+
+    def sample(self, call: Call, repeat: int) -> float:
+        """Seconds of `repeat` calls."""
+        begin = self.now()
+        for _ in range(repeat):
+            call()
+        return self.now() - begin
+
+
+class CudaClock:
+    """CUDA events around calls, which only launch work.
+
+    Args:
+        flush: bytes to write before every sample, which pushes everything else out of the L2 cache; for what has no
+            arguments to rotate.
+        cuda: what has Event and synchronize; torch.cuda but in tests.
+    """
+
+    def __init__(self, flush: int = 0, cuda: Any = None) -> None:
+        self.now, self.cuda = time.perf_counter, cuda or torch.cuda
+        self._flushed = torch.empty(flush, dtype=torch.uint8, device="cuda") if flush else None
+
+    def sample(self, call: Call, repeat: int) -> float:
+        """Seconds of `repeat` calls on the device, from the first's beginning to the last's end."""
+        begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
+        self.cuda.synchronize()
+        if self._flushed is not None:
+            self._flushed.zero_()
+        begin.record()
+        for _ in range(repeat):
+            call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
+
+
+Clock = HostClock | CudaClock
+
+
+class Turns:
+    """A callable that is the next of several at each call: the same work on other copies of the arguments."""
+
+    def __init__(self, calls: Iterable[Call]) -> None:
+        self.calls, self._next = list(calls), 0
+
+    def __call__(self) -> Any:
+        call = self.calls[self._next]
+        self._next = (self._next + 1) % len(self.calls)
+        return call()
+
+
+class Graph:
+    """Every turn of a callable captured into one CUDA graph; calling it replays them all, with no launches in between.
+
+    Raises:
+        RuntimeError: for work that cannot be captured.
+    """
+
+    def __init__(self, turns: Turns) -> None:
+        self.count = len(turns.calls)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # what happens at first calls only must not be captured
+            for call in turns.calls[:3]:
+                call()
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            for call in turns.calls:
+                call()
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
+def l2_bytes() -> int:
+    """The L2 cache of the current CUDA device."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+
+
+def host_seconds(call: Call, synchronize: Call, rounds: int = 20) -> float:
+    """Median seconds until a call of a device's work returns, with nothing in the device's queue before it."""
+    samples = []
+    for _ in range(rounds):
+        synchronize()
+        begin = time.perf_counter()
+        result = call()
+        samples.append(time.perf_counter() - begin)
+        del result
+    synchronize()
+    return statistics.median(samples)
 
 
 # -- agreement ---------------------------------------------------------------------------------------------------------
@@ -213,6 +325,35 @@ class Row:
     refused: dict[str, str]
 
 
+def check(
+    calls: Mapping[str, Call],
+    *,
+    reference: str,
+    tolerance: float,
+    difference: Callable[[Any, Any], float] | None = None,
+) -> tuple[dict[str, float], dict[str, str]]:
+    """(errors by name, why by name for those that raise or disagree with the reference); each is called once."""
+    errors, refused, difference = {}, {}, difference or error
+    expected = calls[reference]()
+    for name, call in calls.items():
+        if name == reference:
+            continue
+        try:
+            errors[name] = difference(call(), expected)
+        except Exception as problem:  # a peer's failure is a line in the table, not the end of the run
+            refused[name] = raised(problem)
+            continue
+        if not errors[name] <= tolerance:
+            refused[name] = f"DISAGREES: error {errors[name]:.2g} against {tolerance:.0e}"
+    return errors, refused
+
+
+def raised(problem: BaseException) -> str:
+    """An exception in one line."""
+    text = str(problem).strip().splitlines()
+    return f"raised {type(problem).__name__}: {text[0] if text else ''}"
+
+
 def compare(
     calls: Mapping[str, Call],
     *,
@@ -220,27 +361,18 @@ def compare(
     reference: str,
     tolerance: float,
     plan: Plan | None = None,
-    clock: Clock = time.perf_counter,
+    clock: Clock | None = None,
     enough: Callable[[Mapping[str, list[float]]], bool] = lambda samples: False,
+    difference: Callable[[Any, Any], float] | None = None,
 ) -> Row:
     """Check every callable's outputs against the reference's, then measure those that agree.
+
+    difference: of two results of a call, relative; None: `error`.
 
     A callable that raises or disagrees is not timed: it has no ratio, and `refused` says why. Where ours disagrees
     nothing has a ratio.
     """
-    errors, refused = {}, {}
-    expected = calls[reference]()
-    for name, call in calls.items():
-        if name == reference:
-            continue
-        try:
-            errors[name] = error(call(), expected)
-        except Exception as problem:  # a peer's failure is a line in the table, not the end of the run
-            refused[name] = f"raised {type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
-            continue
-        if not errors[name] <= tolerance:
-            refused[name] = f"DISAGREES: error {errors[name]:.2g} against {tolerance:.0e}"
-    del expected
+    errors, refused = check(calls, reference=reference, tolerance=tolerance, difference=difference)
     if ours in refused:
         return Row({}, {}, errors, refused)
     agreeing = {name: call for name, call in calls.items() if name not in refused}
@@ -260,25 +392,35 @@ class Bandwidth:
     fresh: float
 
 
-def copy_bandwidth(plan: Plan | None = None) -> Bandwidth:
+def copy_bandwidth(plan: Plan | None = None, device: str = "cpu") -> Bandwidth:
     """Measure torch's copy of `COPY_BYTES`; the best round, since a limit is what the machine can do."""
-    source = torch.ones(COPY_BYTES // 4)
-    target = torch.ones(COPY_BYTES // 4)
-    timings = interleave({"reused": lambda: target.copy_(source), "fresh": source.clone}, plan)
-    best = {name: 2 * COPY_BYTES / min(timing.samples) for name, timing in timings.items()}
+    size = COPY_BYTES[device]
+    source, target = (torch.ones(size // 4, device=device) for _ in range(2))
+    timings = interleave({"reused": lambda: target.copy_(source), "fresh": source.clone}, plan, clock=clock_of(device))
+    best = {name: 2 * size / min(timing.samples) for name, timing in timings.items()}
     return Bandwidth(**best)
 
 
-def product_rate(sizes: Iterable[tuple[int, int, int]], plan: Plan | None = None) -> float:
-    """Operations a second of torch's float32 product over (rows, inner, columns), into reused buffers; best rounds."""
+def product_rate(
+    sizes: Iterable[tuple[int, int, int]],
+    plan: Plan | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+) -> float:
+    """Operations a second of torch's product over (rows, inner, columns), into reused buffers; best rounds."""
     operations, seconds = 0, 0.0
     for (rows, inner, columns), times in _counted(sizes).items():
-        left, right = torch.randn(rows, inner), torch.randn(inner, columns)
-        out = torch.empty(rows, columns)
+        left, right = (torch.randn(shape, device=device).to(dtype) for shape in ((rows, inner), (inner, columns)))
+        out = torch.empty(rows, columns, dtype=dtype, device=device)
         call = {"product": lambda a=left, b=right, c=out: torch.mm(a, b, out=c)}
-        seconds += times * min(interleave(call, plan)["product"].samples)
+        seconds += times * min(interleave(call, plan, clock=clock_of(device))["product"].samples)
         operations += times * 2 * rows * inner * columns
     return operations / seconds
+
+
+def clock_of(device: str) -> Clock:
+    """The clock for work on a device."""
+    return CudaClock() if device == "cuda" else HostClock()
 
 
 def _counted(sizes: Iterable[tuple[int, int, int]]) -> dict[tuple[int, int, int], int]:
@@ -303,23 +445,29 @@ ALLOCATOR_VARIABLES = (
 )
 
 
-def provenance() -> dict[str, Any]:
-    """What a number depends on: machine, threads, versions, revision, allocator, load."""
+def provenance(device: str = "cpu") -> dict[str, Any]:
+    """What a number depends on: device, threads, versions, revision, allocator, load, timing contract."""
     revision = _git("rev-parse", "HEAD")
     return {
-        "cpu": _cpu_model(),
+        "device": {"name": _device_name(device), "class": device_class(device)},
+        "driver": _driver(device),
+        "cpu_name": _cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
+        "triton": _version("triton"),
+        "compiler": _compiler(),
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "platform": platform.platform(),
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
         "revision": revision,
         "dirty": None if revision is None else bool(_git("status", "--porcelain")),
         "load": list(os.getloadavg()),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "contract": CONTRACT,
+        "contract_version": CONTRACT_VERSION,
     }
 
 
@@ -329,10 +477,48 @@ def describe(facts: Mapping[str, Any]) -> str:
     state = " DIRTY" if facts["dirty"] else ""
     allocator = " ".join(f"{k}={v}" for k, v in facts["allocator"].items()) or "the system's default"
     return (
-        f"{facts['cpu']}, {facts['threads']} threads of {facts['cores']} cores, {facts['instructions']}, "
+        f"{facts['device']['name']}, {facts['threads']} threads of {facts['cores']} cores, {facts['instructions']}, "
         f"torch {facts['torch']}, revision {revision}{state}, {facts['date']}\n"
         f"load at start {facts['load'][0]:.2f}; huge pages {facts['huge_pages']}; allocator: {allocator}"
     )
+
+
+def device_class(device: str) -> str:
+    """What devices of comparable numbers share: "cpu-x86_64-2c", "cuda-sm_90", "hip-gfx942"."""
+    if device != "cuda":
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        return f"cpu-{platform.machine()}-{cores}c"
+    if torch.version.hip:
+        return f"hip-{torch.cuda.get_device_properties(0).gcnArchName.partition(':')[0]}"
+    return "cuda-sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
+def _device_name(device: str) -> str:
+    return torch.cuda.get_device_name() if device == "cuda" else _cpu_model()
+
+
+def _driver(device: str) -> str | None:
+    # The kernel module's own word for it; where it is hidden, the version of CUDA or ROCm that torch was built with.
+    if device != "cuda":
+        return None
+    found = _read("/sys/module/nvidia/version") or _read("/sys/module/amdgpu/version")
+    return found or f"torch's CUDA {torch.version.cuda}, ROCm {torch.version.hip}"
+
+
+def _version(module: str) -> str | None:
+    try:
+        return metadata.version(module)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _compiler() -> str | None:
+    # What torch.compile and Triton build their code with.
+    try:
+        done = subprocess.run([os.environ.get("CXX", "c++"), "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.partition("\n")[0]
 
 
 def _cpu_model() -> str:

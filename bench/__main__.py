@@ -1,0 +1,24 @@
+"""`python -m bench COMMAND`: list, once and the others in COMMANDS; `pytest bench/` is what measures."""
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+# Each is a module with main(arguments) -> exit code, whose docstring's first line says what it does.
+COMMANDS = {
+    "grid": "bench.grid",
+    "list": "bench.listing",
+    "once": "bench.once",
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Hands the rest of the arguments to a command."""
+    if arguments and arguments[0] in COMMANDS:
+        return import_module(COMMANDS[arguments[0]]).main(arguments[1:])
+    print(f"usage: python -m bench COMMAND ..., one of: {', '.join(COMMANDS)}", file=sys.stderr)
+    return 64
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,139 @@
+"""pytest's side of bench/: options, rows into pytest-benchmark's JSON, the table at the end, the gate."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+
+from bench import presets, suites, table, timing
+from bench.measure import Row, Session
+
+SESSION = pytest.StashKey[Session]()
+ROWS = pytest.StashKey[list[Row]]()
+FACTS = pytest.StashKey[dict[str, Any]]()
+VERDICT = pytest.StashKey[str]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("bench", "tiger_fast's benchmarks (bench/README.md)")
+
+    def add(name: str, text: str, **keywords: Any) -> None:
+        group.addoption(f"--{name}", dest=f"bench_{name.replace('-', '_')}", help=text, **keywords)
+
+    add("preset", f"the shape: {', '.join(presets.PRESETS)} (default: smoke)", metavar="NAME", default="smoke")
+    add("shape", "sizes that differ from the preset's, such as B=8,N=4096", metavar="B=..,N=..")
+    add("dtype", f"of activations: {', '.join(presets.DTYPES)} (default: the preset's)", metavar="NAME")
+    add("device", "cpu or cuda (default: the preset's, or cuda where there is a GPU)", metavar="NAME")
+    add("backend", "ours: reference, cpu or triton (default: the device's own)", metavar="NAME")
+    add("seconds", "of rounds for each callable (default: the preset's)", type=float, metavar="S")
+    add("peers", f"these only, or all: {', '.join(presets.PEERS)} (default: the preset's)", metavar="A,B")
+    add("max-autotune", "torch.compile with max-autotune on a CPU too (slow)", action="store_true")
+    add("gate", "fail where a ratio has fallen below the committed baseline's", action="store_true")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    names = ("preset", "shape", "dtype", "device", "backend", "seconds", "peers", "max_autotune")
+    try:
+        settings = presets.settings(**{name: config.getoption(f"bench_{name}") for name in names})
+    except ValueError as problem:
+        raise pytest.UsageError(str(problem)) from None
+    config.stash[SESSION], config.stash[ROWS] = Session(settings), []
+    config.stash[FACTS] = timing.provenance(settings.device)
+    # Its table has times of ours only, and none of the peers'; --benchmark-verbose brings it back.
+    config.option.benchmark_quiet = True
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "spec" in metafunc.fixturenames:
+        found = list(suites.of(metafunc.module.SUITE, metafunc.config.stash[SESSION].settings))
+        metafunc.parametrize("spec", found, ids=[benchmark.id for benchmark in found])
+
+
+class Replay:
+    """pytest-benchmark's timer for samples that are taken already: two calls of it are apart by the next one."""
+
+    __name__ = "replay"
+
+    def __init__(self) -> None:
+        self._times: Iterator[float] = iter(())
+
+    def load(self, samples: Sequence[float]) -> None:
+        """Have these next."""
+        self._times = iter([time for sample in samples for time in (0.0, sample)])
+
+    def __call__(self) -> float:
+        return next(self._times)
+
+
+REPLAY = Replay()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "spec" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=REPLAY, group=item.module.SUITE))
+            item.add_marker(pytest.mark.timeout(0))  # a large shape takes what it takes
+
+
+@pytest.fixture
+def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[suites.Benchmark], None]:
+    """Measures a benchmark and hands its samples and its row to pytest-benchmark."""
+
+    def run(spec: suites.Benchmark) -> None:
+        row, ours = request.config.stash[SESSION].row(spec, timed=benchmark.enabled)
+        request.config.stash[ROWS].append(row)
+        if "error" in row:
+            benchmark.skipped = True  # pytest-benchmark is not to warn that it had nothing to do
+            if row["error"].startswith("does not fit"):
+                pytest.skip(row["error"])
+            pytest.fail(row["error"], pytrace=False)
+        benchmark.extra_info.update(row)
+        if ours is None:
+            benchmark.pedantic(lambda: None)
+            return
+        REPLAY.load([sample * ours.calls for sample in ours.samples])
+        benchmark.pedantic(lambda: None, rounds=len(ours.samples), iterations=ours.calls)
+
+    return run
+
+
+def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
+    machine_info.update(config.stash[FACTS])
+
+
+def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
+    # A benchmark without statistics would break pytest-benchmark's own comparison.
+    output_json["not_measured"] = [row for row in config.stash[ROWS] if "error" in row]
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    config = session.config
+    if config.getoption("bench_gate") and config.stash[ROWS]:
+        from bench import gate
+
+        document = {
+            "machine_info": config.stash[FACTS],
+            "benchmarks": [{"fullname": row["id"], "extra_info": row} for row in config.stash[ROWS]],
+        }
+        report = gate.check(document)
+        config.stash[VERDICT] = report.text
+        if report.failed:
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    rows = config.stash[ROWS]
+    if not rows:
+        return
+    settings = config.stash[SESSION].settings
+    terminalreporter.section(f"bench, preset {settings.name}, {settings.dtype} on {settings.device}")
+    for line in [*timing.describe(config.stash[FACTS]).splitlines(), "", *table.lines(rows)]:
+        terminalreporter.write_line(line)
+    if VERDICT in config.stash:
+        terminalreporter.section("gate")
+        terminalreporter.write_line(config.stash[VERDICT])
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if SESSION in config.stash:
+        config.stash[SESSION].close()

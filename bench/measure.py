@@ -1,0 +1,365 @@
+"""One benchmark, measured: a row, a dict of plain values that pytest-benchmark's JSON takes as it is."""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench import presets, timing
+from bench.cases import Cost
+from bench.presets import Settings
+from bench.suites import Benchmark, Built
+from bench.timing import Plan, Timing
+from tiger_fast.ops.cpu import empty_cache
+
+Row = dict[str, Any]
+
+# Work so small that its floor is under the cost of a call says nothing about a limit.
+FLOOR_SECONDS = 5e-6
+SQUARE = {"cpu": (1536, 1536, 1536), "cuda": (8192, 8192, 8192)}
+# What other processes take of the machine changes while the rows are made: limits are measured again after this long.
+LIMITS_SECONDS = 30.0
+# An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
+# on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
+# from memory. Found by trying: each variable alone left eager up to three times slower.
+KEPT_MEMORY = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**40),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+def plan_of(settings: Settings, benchmark: Benchmark) -> Plan:
+    """How long a benchmark is measured; a step, which takes long, in fewer rounds."""
+    warmup = min(0.3, settings.seconds / 4)
+    return Plan(warmup=warmup, seconds=settings.seconds, least=9 if benchmark.suite == "ops" else 6)
+
+
+class Session:
+    """What the rows of a run share: its settings, limits as last measured, and a process with kept memory.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._limits: tuple[float, timing.Bandwidth, float] | None = None
+        self._kept: Kept | None = None
+
+    def close(self) -> None:
+        """Ends the process with kept memory, if there is one."""
+        if self._kept is not None:
+            self._kept.close()
+
+    def row(self, benchmark: Benchmark, *, timed: bool = True) -> tuple[Row, Timing | None]:
+        """Measure one benchmark.
+
+        Args:
+            benchmark: which.
+            timed: False: build it and compare outputs, no more.
+
+        Returns:
+            The row, and the samples of ours; None where there is an "error" in the row, or nothing was timed.
+        """
+        row, settings = _header(benchmark, self.settings), self.settings
+        try:
+            if lack := _lack(benchmark, settings):
+                return row | {"error": lack}, None
+            torch.compiler.reset()
+            built = benchmark.build(settings)
+            errors, refused = timing.check(
+                built.calls, reference="eager", tolerance=built.tolerance, difference=built.difference
+            )
+            if "ours" in refused:
+                return row | {"error": f"ours {refused['ours']}"}, None
+            row["peers"] = _untimed(built, errors, refused)
+            if not timed:
+                return row, None
+            return self._timed(row, benchmark, built, refused)
+        except Exception as problem:  # the other rows are still to be measured
+            return row | {"error": timing.raised(problem)}, None
+        finally:
+            if settings.device == "cuda":
+                torch.cuda.empty_cache()
+
+    def _timed(self, row: Row, benchmark: Benchmark, built: Built, refused: Mapping[str, str]) -> tuple[Row, Timing]:
+        settings, plan = self.settings, plan_of(self.settings, benchmark)
+        cuda = settings.device == "cuda"
+        calls = {name: call for name, call in built.calls.items() if name not in refused}
+        clock = timing.CudaClock(4 * timing.l2_bytes() if built.flush else 0) if cuda else timing.HostClock()
+        emptied = not cuda and benchmark.suite == "ops" and row["backend"] == "cpu"
+        timings = timing.interleave(
+            calls | ({"emptied": _emptied(calls["ours"])} if emptied else {}), plan, clock=clock
+        )
+        if cuda:
+            row["host_seconds"] = timing.host_seconds(calls["ours"], torch.cuda.synchronize)
+            # Events around calls that are shorter than their launches time the launches.
+            if not built.flush and timings["ours"].median < 2 * row["host_seconds"]:
+                row["launched"] = _against(timings, timings["ours"])
+                timings = self._replayed(row, calls, plan, clock)
+        elif built.small is not None:
+            small = timing.interleave({"ours": built.small}, Plan(0.01, 0.05, 9, 100))
+            row["host_seconds"] = small["ours"].median
+        else:
+            row["notes"].append("host time: a model's is not taken on a CPU")
+        ours = timings["ours"]
+        row["ours"] = ours.summary()
+        if emptied:
+            row["memory"]["ours_emptied"] = _against({"emptied": timings.pop("emptied")}, ours)["emptied"]
+        for name, found in _against(timings, ours).items():
+            row["peers"][name] = found | row["peers"][name]
+        medians = {name: row["peers"][name]["median"] for name in timings if name != "ours"}
+        row["fastest"] = min(medians, key=medians.__getitem__, default=None)
+        if built.cost is not None:
+            row |= self._limit(built.cost, ours.median)
+        row["peak_bytes"] = _peak_bytes(calls["ours"], settings.device)
+        if row["peak_bytes"] is None:
+            row["notes"].append("peak memory: this system does not say")
+        if not cuda and benchmark.suite == "ops":
+            self._add_kept(row, benchmark)
+        return row, ours
+
+    def _replayed(
+        self, row: Row, calls: Mapping[str, timing.Call], plan: Plan, clock: timing.Clock
+    ) -> dict[str, Timing]:
+        graphs = {}
+        for name, call in calls.items():
+            try:
+                graphs[name] = timing.Graph(call)
+            except Exception as problem:
+                if name == "ours":
+                    raise
+                why = f"cannot be captured into a CUDA graph, {timing.raised(problem)}"
+                row["peers"][name] = {"refused": why}
+        row["notes"].append("shorter than its launch: replayed from a CUDA graph; with launches under launched")
+        return timing.interleave(graphs, plan, clock=clock)
+
+    def _limit(self, cost: Cost, seconds: float) -> Row:
+        bandwidth, rate = self._measured_limits()
+        plan = Plan(warmup=0.05, seconds=min(0.3, self.settings.seconds / 2), least=3)
+        # The most that the machine was seen to multiply: a large square product, or the op's own if they go faster. What the
+        # library reaches at the op's shapes, which may be narrow, stands beside it.
+        dtype, device = self.settings.torch_dtype, self.settings.device
+        at_shapes = timing.product_rate(cost.products, plan, dtype, device) if cost.products else None
+        rate = max(rate, at_shapes or 0.0)
+        by = {"bytes": cost.bytes / bandwidth.reused, "operations": cost.operations / rate}
+        floor = max(by.values())
+        return {
+            "cost": {"bytes": cost.bytes, "operations": cost.operations},
+            "achieved": {
+                "bytes_per_second": cost.bytes / seconds,
+                "operations_per_second": cost.operations / seconds,
+            },
+            "limit": {
+                "copy_bandwidth": bandwidth.reused,
+                "copy_bandwidth_fresh": bandwidth.fresh,
+                "product_rate": rate,
+                "product_rate_at_shapes": at_shapes,
+                "floor": floor,
+                "held_by": max(by, key=by.__getitem__),
+                "share": floor / seconds if floor >= FLOOR_SECONDS else None,
+            },
+        }
+
+    def _measured_limits(self) -> tuple[timing.Bandwidth, float]:
+        if self._limits is None or time.monotonic() - self._limits[0] > LIMITS_SECONDS:
+            settings = self.settings
+            bandwidth = timing.copy_bandwidth(Plan(warmup=0.05, seconds=0.4, least=3), settings.device)
+            plan = Plan(warmup=0.1, seconds=0.3, least=3)
+            rate = timing.product_rate([SQUARE[settings.device]], plan, settings.torch_dtype, settings.device)
+            self._limits = time.monotonic(), bandwidth, rate
+        return self._limits[1:]
+
+    def _add_kept(self, row: Row, benchmark: Benchmark) -> None:
+        if self._kept is None:
+            self._kept = Kept(self.settings)
+        found = self._kept.ask(benchmark.id)
+        if "error" in found:
+            row["notes"].append(f"kept memory: {found['error']}")
+        else:
+            row["memory"]["eager_kept"] = found
+
+
+def _header(benchmark: Benchmark, settings: Settings) -> Row:
+    return {
+        "id": benchmark.id,
+        "suite": benchmark.suite,
+        "subject": benchmark.subject,
+        "direction": benchmark.direction,
+        "variant": dict(benchmark.variant),
+        "preset": settings.name,
+        "sizes": asdict(benchmark.sizes(settings)),
+        "dtype": settings.dtype,
+        "device": settings.device,
+        "backend": benchmark.backend(settings),
+        "peers": {},
+        "fastest": None,
+        "memory": {},
+        "cost": None,
+        "achieved": None,
+        "limit": None,
+        "peak_bytes": None,
+        "host_seconds": None,
+        "notes": [],
+    }
+
+
+def _lack(benchmark: Benchmark, settings: Settings) -> str | None:
+    # Nothing is allocated to find out.
+    needed, there = benchmark.needs(settings), presets.available(settings.device)
+    if there is None or needed <= there:
+        return None
+    return f"does not fit: eager takes {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB of {settings.device} memory are free"
+
+
+def _untimed(built: Built, errors: Mapping[str, float], refused: Mapping[str, str]) -> Row:
+    found: Row = {name: {"error": errors.get(name, 0.0)} for name in built.calls if name != "ours"}
+    found |= {name: {"refused": why} for name, why in refused.items()}
+    return found | {name: {"missing": why} for name, why in built.missing.items()}
+
+
+def _against(timings: Mapping[str, Timing], ours: Timing) -> Row:
+    return {
+        name: value.summary() | {"ratio": asdict(timing.ratio(value, ours))}
+        for name, value in timings.items()
+        if value is not ours
+    }
+
+
+def _emptied(call: timing.Call) -> timing.Call:
+    def emptied() -> Any:
+        empty_cache()
+        return call()
+
+    return emptied
+
+
+# -- peak memory -------------------------------------------------------------------------------------------------------
+
+
+def _peak_bytes(call: timing.Call, device: str) -> int | None:
+    """Bytes that a call takes beyond what is there before it: results, temporaries, and what an allocator takes and does not
+    use. On a CPU the kernel's high-water mark of resident memory (Linux); None where there is none."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        results = call()
+        torch.cuda.synchronize()
+        found = torch.cuda.max_memory_allocated() - before
+        del results
+        return found
+    empty_cache()
+    _trim()  # what other calls have left in glibc's heap
+    try:
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        results = call()
+        found = resident("VmHWM") - before
+    except (OSError, RuntimeError):
+        return None
+    del results
+    return max(found, 0)
+
+
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status: "VmRSS" now, "VmHWM" the peak.
+
+    Raises:
+        OSError, RuntimeError: on a system that does not have it.
+    """
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"this system's /proc/self/status has no {field}")
+
+
+def _trim() -> None:
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except AttributeError:  # not glibc
+        pass
+
+
+# -- reused memory -----------------------------------------------------------------------------------------------------
+
+
+class Kept:
+    """A process in which glibc keeps all memory, for eager and ours once more: what is left of the ratio without the page
+    faults of fresh outputs, which the backend's kept buffers do not have either. It waits while it is not asked.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        options = {
+            "preset": settings.name,
+            "shape": ",".join(f"{k}={v}" for k, v in settings.changes.items()),
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "backend": settings.backend,
+            "seconds": settings.seconds,
+            "peers": "eager",
+        }
+        command = [sys.executable, "-m", "bench.measure", json.dumps(options)]
+        environment = {**os.environ, **KEPT_MEMORY, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, name: str) -> Row:
+        """Eager's timing and its ratio to ours, both with kept memory; {"error": why} where there is none."""
+        try:
+            print(name, file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            return {"error": f"the process that measures it has ended ({self._process.poll()})"}
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def answer(name: str, settings: Settings) -> Row:
+    """What `Kept.ask` is answered."""
+    from bench import suites
+
+    benchmark = suites.find(name, settings)
+    built = benchmark.build(settings)
+    calls = {name: built.calls[name] for name in ("ours", "eager")}
+    timings = timing.interleave(calls, plan_of(settings, benchmark))
+    return _against(timings, timings["ours"])["eager"]
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """The process behind `Kept`: an id a line in, a row a line out."""
+    settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
+    for line in sys.stdin:
+        try:
+            found = answer(line.strip(), settings)
+        except Exception as problem:
+            found = {"error": timing.raised(problem)}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])
