@@ -7,6 +7,7 @@ One run says nothing about how much the next will differ. Runs of different hour
 import argparse
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import files, gate
+from bench import files, gate, slowed
 from bench.files import Results
 
 # What a baseline keeps of machine_info: nothing that names a machine's owner, and not a processor's list of flags.
@@ -94,13 +95,10 @@ def _rounded(value: Any) -> Any:
     return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
 
 
-def run(
-    options: Sequence[str], file: Path, *, quiet: bool = False, environment: Mapping[str, str] | None = None
-) -> int:
+def run(options: Sequence[str], file: Path) -> int:
     """One run of the benchmarks in a process of its own; pytest's exit code."""
-    command = [sys.executable, "-m", "pytest", "bench/", *options, f"--benchmark-json={file}"]
-    output = subprocess.DEVNULL if quiet else None
-    return subprocess.run(command, cwd=files.ROOT, stdout=output, env=environment).returncode
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", *options, f"--benchmark-json={file}"]
+    return subprocess.run(command, cwd=files.ROOT).returncode
 
 
 def write(document: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -126,6 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder (default: bench/results)")
     options, others = parser.parse_known_args(arguments)
     try:
+        if slowed.VARIABLE in os.environ:
+            raise files.Unusable(f"{slowed.VARIABLE} is set: ours would be slowed on purpose")
         with tempfile.TemporaryDirectory() as folder:
             paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
             for i, path in enumerate(() if options.merge else paths):

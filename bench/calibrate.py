@@ -92,7 +92,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise files.Unusable(f"{options.baseline}: no rows of bench in it")
         if kind["device"] != "cpu":
             raise files.Unusable(f"{options.baseline}: of {kind['device']}, and ours can be slowed on a CPU only")
-        others = ["--preset", kind["preset"], "--dtype", kind["dtype"], *others]
+        others = ["--preset", kind["preset"], "--dtype", kind["dtype"], "--device", kind["device"], *others]
+        others += ["--baselines", str(options.baseline.resolve().parents[1])]
         plans = [(None, i) for i in range(options.runs)]
         plans += [(subject, i) for i in range(options.each) for subject in subjects(then)]
         options.folder.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import presets, timing
+from bench import presets, slowed, timing
 from bench.cases import Cost
 from bench.presets import Settings
 from bench.suites import Benchmark, Built
@@ -50,10 +50,11 @@ class Session:
 
     Args:
         settings: of the run.
+        alone: times and ratios only, in the same interleaved rounds; no limits, and no kept memory.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, *, alone: bool = False) -> None:
+        self.settings, self.alone = settings, alone
         self._limits: tuple[float, timing.Bandwidth, float] | None = None
         self._kept: Kept | None = None
 
@@ -78,6 +79,8 @@ class Session:
                 return row | {"error": lack}, None
             torch.compiler.reset()
             built = benchmark.build(settings)
+            if settings.device == "cpu":
+                built.calls["ours"] = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
             errors, refused = timing.check(
                 built.calls, reference="eager", tolerance=built.tolerance, difference=built.difference
             )
@@ -121,6 +124,8 @@ class Session:
             row["peers"][name] = found | row["peers"][name]
         medians = {name: row["peers"][name]["median"] for name in timings if name != "ours"}
         row["fastest"] = min(medians, key=medians.__getitem__, default=None)
+        if self.alone:
+            return row, ours
         if built.cost is not None:
             row |= self._limit(built.cost, ours.median)
         row["peak_bytes"] = _peak_bytes(calls["ours"], settings.device)

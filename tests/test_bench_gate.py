@@ -390,7 +390,19 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
     monkeypatch.setattr(calibrate, "run", run)
     arguments = [str(path), "--runs", "2", "--each", "1", "--folder", str(tmp_path / "runs"), "--seconds", "1"]
     assert calibrate.main(arguments) == 1 and "something else" in capsys.readouterr().err
-    assert made[0] == (["--preset", "smoke", "--dtype", "float32", "--seconds", "1"], None)
+    wanted = [
+        "--preset",
+        "smoke",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--seconds",
+        "1",
+        "--baselines",
+        str(tmp_path),
+    ]
+    assert made[0] == (wanted, None)
     made[:] = made[:0]
     assert calibrate.main(arguments) == 0
     assert [subject for _, subject in made] == list(SUBJECTS[3:])
