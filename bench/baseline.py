@@ -76,7 +76,7 @@ def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
 
 def _benchmark(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     rows, runs = [benchmark["extra_info"] for benchmark in found], {}
-    for peer in rows[0]["peers"]:
+    for peer in (*rows[0]["peers"], gate.KEPT):
         seen = [gate.observed(row, peer) for row in rows]
         if None not in seen:
             runs[peer] = {"ratio": [math.exp(value) for value, _ in seen], "noise": [noise for _, noise in seen]}

@@ -45,18 +45,22 @@ LEAST_RUNS = 3
 
 NORMAL = NormalDist()
 Row = Mapping[str, Any]
-# Measures rows again, by id; what failed is left out.
-Again = Callable[[Sequence[str]], Mapping[str, Row]]
+# Measures rows again: ids, each with its yardstick -> rows by id; what failed is left out.
+Again = Callable[[Mapping[str, str]], Mapping[str, Row]]
+# Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
+# whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
+KEPT = "eager, kept memory"
 
 
 def observed(row: Row, peer: str) -> tuple[float, float] | None:
     """(logarithm of the ratio to a peer, its noise by the rounds); None where there is no such ratio."""
-    found = row.get("peers", {}).get(peer, {})
-    if "ours" not in row or "ratio" not in found:
+    found = row.get("memory", {}).get("eager_kept", {}) if peer == KEPT else row.get("peers", {}).get(peer, {})
+    ours = found.get("ours") if peer == KEPT else row.get("ours")
+    if ours is None or "ratio" not in found:
         return None
     # The interval holds 95 %, which is 1.96 standard deviations on each side.
     noise = math.log(found["ratio"]["high"] / found["ratio"]["low"]) / (2 * 1.96)
-    return math.log(found["q1"] / row["ours"]["q1"]), max(noise, LEAST_NOISE)
+    return math.log(found["q1"] / ours["q1"]), max(noise, LEAST_NOISE)
 
 
 def median_noise(count: int) -> float:
@@ -227,7 +231,7 @@ def judge(found: Iterable[Check], again: Again) -> list[Check]:
     """Measure again what looks slower until every verdict is settled."""
     found = list(found)
     while waiting := [check for check in found if not check.settled]:
-        rows = again(list(dict.fromkeys(name for check in waiting for name in check.peers)))
+        rows = again({name: peer for check in waiting for name, peer in check.peers.items()})
         for check in waiting:
             value = check.value(rows)
             if value is None:
@@ -332,7 +336,7 @@ def table(found: Sequence[Check]) -> str:
         cells.append(
             (
                 check.name,
-                peers[0] if len(peers) == 1 else "each its own",
+                peers[0] if len(peers) == 1 else "each row's own",
                 f"{math.exp(check.centre):.3g}",
                 f"{math.exp(check.now):.3g}",
                 f"{change:+.1%}",

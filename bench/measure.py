@@ -131,7 +131,7 @@ class Session:
         row["peak_bytes"] = _peak_bytes(calls["ours"], settings.device)
         if row["peak_bytes"] is None:
             row["notes"].append("peak memory: this system does not say")
-        if not cuda and benchmark.suite == "ops":
+        if not cuda:
             self._add_kept(row, benchmark)
         return row, ours
 
@@ -345,14 +345,14 @@ class Kept:
 
 
 def answer(name: str, settings: Settings) -> Row:
-    """What `Kept.ask` is answered."""
+    """What `Kept.ask` is answered: eager, with its ratio to ours, and ours beside it."""
     from bench import suites
 
     benchmark = suites.find(name, settings)
     built = benchmark.build(settings)
-    calls = {name: built.calls[name] for name in ("ours", "eager")}
-    timings = timing.interleave(calls, plan_of(settings, benchmark))
-    return _against(timings, timings["ours"])["eager"]
+    ours = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
+    timings = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan_of(settings, benchmark))
+    return _against(timings, timings["ours"])["eager"] | {"ours": timings["ours"].summary()}
 
 
 def serve(arguments: Sequence[str]) -> None:

@@ -137,6 +137,21 @@ def test_yardstick_is_the_peer_whose_ratio_was_steadiest_over_the_runs():
     assert {peer for check in gate.checks(results(then).rows, without) for peer in check.peers.values()} == {"eager"}
 
 
+def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
+    runs = []
+    for eager in (5.0, 6.0, 4.0, 7.0, 5.5):
+        found = row(IDS[0], timings(1.0, eager=eager))
+        kept = row(IDS[0], timings(2.0, eager=5.0))
+        found["memory"] = {"eager_kept": {**kept["peers"]["eager"], "ours": kept["ours"]}}
+        runs.append(results(document([found])))
+    then = results(baseline.merge(runs)[0])
+    (check,) = gate.checks(then.rows, runs[0].rows)
+    assert check.peers == {IDS[0]: gate.KEPT} and check.first == check.centre == pytest.approx(math.log(2.5))
+    # On a system without it, eager serves.
+    (check,) = gate.checks(then.rows, {IDS[0]: row(IDS[0], timings(1.0, eager=5.0))})
+    assert check.peers == {IDS[0]: "eager"}
+
+
 def test_noisier_rounds_than_the_baselines_allow_more():
     then = baseline_of(Machine(0, noise=0.02))
     calm, rough = (gate.checks(then.rows, results(Machine(1, noise=n).document()).rows) for n in (0.02, 0.08))
@@ -410,7 +425,10 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
 
 
 def test_process_that_fails_measures_nothing():
-    assert again.in_fresh_processes({"preset": "no such preset"})(["route/forward"]) == {}
+    assert (
+        again.in_fresh_processes({"preset": "no such preset"})({"route/forward": "eager", "adapter/forward": gate.KEPT})
+        == {}
+    )
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
