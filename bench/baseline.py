@@ -126,6 +126,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if slowed.VARIABLE in os.environ:
             raise files.Unusable(f"{slowed.VARIABLE} is set: ours would be slowed on purpose")
+        if any(word.partition("=")[0] == "--shape" for word in others):
+            raise files.Unusable("a baseline is of a preset as it is, without --shape")
         with tempfile.TemporaryDirectory() as folder:
             paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
             for i, path in enumerate(() if options.merge else paths):

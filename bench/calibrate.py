@@ -66,6 +66,18 @@ def _caught(found: Sequence[Mapping[str, Any]]) -> int:
     )
 
 
+def _left(found: Sequence[Mapping[str, Any]], plans: Sequence[tuple[str | None, int]]) -> str:
+    # From how long the runs of the same kind took: whole ones, or one subject's.
+    seconds = 0.0
+    for whole in (True, False):
+        took = [one["seconds"] for one in found if (one["subject"] is None) == whole]
+        count = sum((subject is None) == whole for subject, _ in plans)
+        if count and not took:
+            return f"{len(plans)} runs left"
+        seconds += count * sum(took) / max(len(took), 1)
+    return f"{len(plans)} runs left, some {seconds / 60:.0f} minutes"
+
+
 def subjects(then: files.Results) -> list[str]:
     """Those of a baseline that have rows of ours."""
     from bench.gate import gated
@@ -101,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             name = f"{subject}-{options.slow:g}" if subject else "unchanged"
             path = options.folder / f"{name}-{i:03d}.json"
             if not path.exists():
-                print(f"{name}, run {i + 1}; {left} runs left", flush=True)
+                print(f"{name}, run {i + 1}; {_left(found, plans[-left:])}", flush=True)
                 path.write_text(json.dumps(run(others, subject, options.slow), indent=1) + "\n")
             found.append(json.loads(path.read_text()))
     except files.Unusable as problem:

@@ -267,12 +267,13 @@ def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
         comparable, notes = _comparable(then, rows)
         broken = [f"FAILED, {name}: {rows[name]['error']}" for name in then.rows if "error" in rows.get(name, {})]
         found = judge(checks({name: then.rows[name] for name in gated(then)}, comparable), again)
-        lines += [*files.warnings(then), *files.differences(then, now), *notes, *broken, table(found)]
+        lines += [*files.warnings(then), *files.differences(then, now), *notes, *broken, table(found) if found else ""]
         slower = [check.name for check in found if check.slower]
-        failed = failed or bool(slower or broken)
-        lines.append(
-            f"FAILED, slower than allowed: {'; '.join(slower)}" if slower else f"{len(found)} checks, none slower"
-        )
+        failed = failed or bool(slower or broken or not found)
+        if slower:
+            lines.append(f"FAILED, slower than allowed: {'; '.join(slower)}")
+        else:
+            lines.append(f"{len(found)} checks, none slower" if found else "FAILED, no row can be compared")
     return Report("\n".join(f"gate: {line}" if "\n" not in line else line for line in lines if line), failed)
 
 
@@ -307,17 +308,22 @@ def _comparable(then: Results, rows: Mapping[str, Row]) -> tuple[dict[str, Row],
     notes = []
     missing = [name for name in gated(then) if name not in rows]
     new = [name for name, row in rows.items() if name not in then.rows and "ours" in row]
-    for names, words in ((missing, "in the baseline and not in this run"), (new, "new: not in the baseline")):
+    other = [
+        name for name in gated(then) if "ours" in rows.get(name, {}) and rows[name]["sizes"] != then.rows[name]["sizes"]
+    ]
+    for names, words in (
+        (missing, "in the baseline and not in this run"),
+        (new, "new: not in the baseline"),
+        (other, "of other sizes than the baseline's, not compared"),
+    ):
         if names:
             notes.append(f"{len(names)} rows {words}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
     same = {}
     for name in gated(then):
         row, old = rows.get(name, {}), then.rows[name]
-        if "ours" not in row:
+        if "ours" not in row or name in other:
             continue
-        if row["sizes"] != old["sizes"]:
-            notes.append(f"{name}: other sizes than the baseline's, not compared")
-        elif not any(observed(row, peer) for peer in old["runs"]):
+        if not any(observed(row, peer) for peer in old["runs"]):
             notes.append(f"{name}: no peer of the baseline in this run ({', '.join(old['runs'])}), not compared")
         else:
             same[name] = row

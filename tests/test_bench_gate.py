@@ -267,7 +267,7 @@ def test_rows_that_cannot_be_compared_are_a_line_each_and_the_rest_goes_on(tmp_p
     report = said(tmp_path, document(rows))
     assert not report.failed
     for words in (
-        f"{IDS[0]}: other sizes than the baseline's",
+        f"1 rows of other sizes than the baseline's, not compared: {IDS[0]}",
         f"{IDS[1]}: no peer of the baseline in this run (eager)",
         f"{IDS[2]}: backend reference now, cpu then",
         f"1 rows in the baseline and not in this run: {IDS[3]}",
@@ -275,6 +275,16 @@ def test_rows_that_cannot_be_compared_are_a_line_each_and_the_rest_goes_on(tmp_p
     ):
         assert sum(words in line for line in report.text.splitlines()) == 1, words
     assert all(name in report.text.partition("row ")[2] for name in IDS[4:])
+
+
+def test_run_of_which_nothing_can_be_compared_fails(tmp_path, then):
+    baseline.write(then, tmp_path)
+    rows = [
+        {**benchmark["extra_info"], "sizes": {**SIZES, "B": 3}} for benchmark in Machine(1).document()["benchmarks"]
+    ]
+    report = said(tmp_path, document(rows))
+    assert report.failed and report.text.splitlines()[-1] == "gate: FAILED, no row can be compared"
+    assert len(report.text.splitlines()) == 2
 
 
 def test_row_that_raises_now_fails(tmp_path, then):
@@ -344,6 +354,8 @@ def test_command_merges_files_and_refuses_what_it_cannot_read(tmp_path, capsys):
     assert list(files.load(tmp_path / "out" / CLASS / "smoke-float32.json").rows) == list(IDS[:4])
     assert baseline.main(["--out", str(tmp_path), "--merge", str(tmp_path / "none.json")]) == 1
     assert capsys.readouterr().err == f"{tmp_path / 'none.json'}: No such file or directory\n"
+    for arguments, words in ((["--shape", "B=1"], "as it is"), (["--shape=B=1"], "as it is")):
+        assert baseline.main(arguments) == 1 and words in capsys.readouterr().err
 
 
 # -- slowed on purpose, and the calibration ----------------------------------------------------------------------------
@@ -400,7 +412,12 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
         if len(made) == 5:
             raise files.Unusable("gate: FAILED, something else")
         made.append((options, subject))
-        return {"slower": [f"{subject}/forward"] if subject else [], "subject": subject, "factor": factor, "said": []}
+        return {
+            "slower": [f"{subject}/forward"] if subject else [],
+            "subject": subject,
+            "factor": factor,
+            "seconds": 90,
+        }
 
     monkeypatch.setattr(calibrate, "run", run)
     arguments = [str(path), "--runs", "2", "--each", "1", "--folder", str(tmp_path / "runs"), "--seconds", "1"]
@@ -421,7 +438,8 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
     made[:] = made[:0]
     assert calibrate.main(arguments) == 0
     assert [subject for _, subject in made] == list(SUBJECTS[3:])
-    assert "all of them: caught in 8 of 8 runs" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "all of them: caught in 8 of 8 runs" in text and "5 runs left, some 8 minutes" in text
 
 
 def test_process_that_fails_measures_nothing():
