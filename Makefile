@@ -2,10 +2,12 @@
 #
 #   make test TESTS=tests/test_functional.py PYTEST_ARGS="-k route"
 #   make demo DEMO_ARGS="--seed 1"      make test PYTHON=python3.12
+#   make bench BENCH_ARGS="-k route/forward"
 
 PYTHON ?= python3
 TESTS ?= tests
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 DEMO_ARGS ?=
 
 VENV := .venv
@@ -18,7 +20,7 @@ PIP := $(PY) -m pip --disable-pip-version-check
 TRITON := triton==3.6.0
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-table test resume-check lint clean native built abi-check asan ubsan fuzz static
+.PHONY: help bench demo demo-table test resume-check lint clean native built abi-check asan ubsan fuzz static
 
 # What the sanitizers and the check against other torch versions run.
 NATIVE_TESTS ?= tests/test_conformance.py tests/test_functional.py \
@@ -36,6 +38,9 @@ demo-table: built  ## run the demo with three seeds and write docs/demo.md from 
 
 test: built  ## set up, compile csrc/ where a compiler is found, run the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest $(TESTS) -q -n 2 --dist loadfile $(PYTEST_ARGS)
+
+bench: built  ## measure the smoke preset; fail where a ratio has fallen below the committed baseline (two minutes, an idle machine)
+	env -u OMP_NUM_THREADS $(PY) -m pytest bench/ --preset smoke --gate $(BENCH_ARGS)
 
 resume-check: built  ## set up, kill and restart fifty training runs (five minutes)
 	$(PY) -m pytest tests/test_resume.py --slow -s -k fifty

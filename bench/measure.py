@@ -128,8 +128,10 @@ class Session:
             return row, ours
         if built.cost is not None:
             row |= self._limit(built.cost, ours.median)
-        row["peak_bytes"] = _peak_bytes(calls["ours"], settings.device)
-        if row["peak_bytes"] is None:
+        memory = {name: peak_memory(calls[name], settings.device) for name in ("ours", "eager")}
+        row["peak_bytes"], row["kept_bytes"] = memory["ours"] or (None, None)
+        row["peers"]["eager"]["peak_bytes"] = (memory["eager"] or (None, None))[0]
+        if memory["ours"] is None:
             row["notes"].append("peak memory: this system does not say")
         if not cuda:
             self._add_kept(row, benchmark)
@@ -215,6 +217,7 @@ def _header(benchmark: Benchmark, settings: Settings) -> Row:
         "achieved": None,
         "limit": None,
         "peak_bytes": None,
+        "kept_bytes": None,
         "host_seconds": None,
         "notes": [],
     }
@@ -253,29 +256,30 @@ def _emptied(call: timing.Call) -> timing.Call:
 # -- peak memory -------------------------------------------------------------------------------------------------------
 
 
-def _peak_bytes(call: timing.Call, device: str) -> int | None:
-    """Bytes that a call takes beyond what is there before it: results, temporaries, and what an allocator takes and does not
-    use. On a CPU the kernel's high-water mark of resident memory (Linux); None where there is none."""
+def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
+    """(bytes that a call takes beyond what is there before it, bytes of these that are kept when its results are dropped):
+    results, temporaries, and what an allocator takes and does not use. On a CPU the kernel's high-water mark of resident
+    memory (Linux); None where there is none."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         results = call()
         torch.cuda.synchronize()
-        found = torch.cuda.max_memory_allocated() - before
+        peak = torch.cuda.max_memory_allocated() - before
         del results
-        return found
+        return peak, torch.cuda.memory_reserved() - reserved
     empty_cache()
     _trim()  # what other calls have left in glibc's heap
     try:
         before = resident("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         results = call()
-        found = resident("VmHWM") - before
+        peak = resident("VmHWM") - before
+        del results
+        return max(peak, 0), max(resident("VmRSS") - before, 0)
     except (OSError, RuntimeError):
         return None
-    del results
-    return max(found, 0)
 
 
 def resident(field: str) -> int:

@@ -35,7 +35,7 @@ COLUMNS = """`spread` is between the quartiles of our rounds, relative to their 
 where glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
 must move and compute, over our time; `limit` is the floor's share of our time, where the floor follows from copy bandwidth
 and matrix products measured in the same run, and what holds it; data that stays in the caches passes 100 %. `peak` is what a
-call takes beyond its arguments."""
+call takes beyond its arguments, and beside it eager's."""
 
 
 def render(found: Sequence[Results]) -> str:
@@ -177,7 +177,7 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
     memory = [name for name in ("eager_kept", "ours_emptied") if any(row.get("memory", {}).get(name) for row in rows)]
     head = ["", "ours", *(["us"] if _gpu(results) else []), "spread", *peers]
     head += [{"eager_kept": "kept", "ours_emptied": "emptied"}[name] for name in memory]
-    head += ["GB/s", "GFLOP/s", "limit", "peak, MB"] + (["host, us"] if _gpu(results) else [])
+    head += ["GB/s", "GFLOP/s", "limit", "peak, MB", "eager's"] + (["host, us"] if _gpu(results) else [])
     lines = []
     for row in rows:
         cells = [f"{row['subject']} {row['direction']}", row["backend"]]
@@ -206,11 +206,13 @@ def _steps(rows: Sequence[Row], results: Results) -> str:
     lines = []
     for row in rows:
         if "ours" not in row:
-            lines.append([row["direction"], row["error"], *[""] * (len(peers) + 1)])
+            lines.append([row["direction"], row["error"], *[""] * (len(peers) + 2)])
             continue
         cost = f"{row['ours']['median'] / plain:.2f}" if plain else ""
-        lines.append([row["direction"], cost, *(_ratio(row, peer) for peer in peers), _mega(row)])
-    return _table(["mode", "time, none = 1", *peers, "peak, MB"], lines)
+        lines.append(
+            [row["direction"], cost, *(_ratio(row, peer) for peer in peers), _mega(row), _mega(row["peers"]["eager"])]
+        )
+    return _table(["mode", "time, none = 1", *peers, "peak, MB", "eager's"], lines)
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -276,8 +278,8 @@ def _micro(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.4g}"
 
 
-def _mega(row: Row) -> str:
-    return "" if row.get("peak_bytes") is None else f"{row['peak_bytes'] / 1e6:.3g}"
+def _mega(found: Mapping[str, Any]) -> str:
+    return "" if found.get("peak_bytes") is None else f"{found['peak_bytes'] / 1e6:.3g}"
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

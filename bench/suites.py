@@ -92,9 +92,11 @@ class Benchmark:
 
         def make() -> timing.Call:
             nonlocal copies
+            # On the CPU, whatever the device: the bytes are the same.
+            on_host = replace(settings, device="cpu")
             if self.subject not in OPS:
-                return models.Model(self.subject, self.direction, sizes, settings).call("reference")
-            case = self._case(settings, sizes)
+                return models.Model(self.subject, self.direction, sizes, on_host).call("reference")
+            case = self._case(on_host, sizes)
             given = size(case.arguments)
             copies = (_turns(given) - 1) * given if settings.device == "cuda" else 0
             return case.call(case.function("reference"), self.direction)

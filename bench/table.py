@@ -2,10 +2,11 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from bench.cases import BOTH, FORWARD
-from bench.presets import PEERS
+from bench.presets import PEERS, PRESETS
 from bench.timing import Ratio
 
 Row = Mapping[str, Any]
@@ -36,8 +37,10 @@ TARGETS: dict[str, dict[tuple[str, str], dict[str, float]]] = {
 
 
 def against_targets(row: Row) -> list[tuple[str, float, float]]:
-    """(what, target, value, NaN where it was not measured) for what has a target at the row's preset and own sizes."""
-    if row["variant"] or "ours" not in row:
+    """(what, target, value, NaN where it was not measured) for what has a target at the preset exactly as it stands."""
+    preset = PRESETS[row["preset"]]
+    own = asdict(replace(preset.sizes, **preset.changes.get(row["subject"], {})))
+    if "ours" not in row or (row["sizes"], row["dtype"], row["device"]) != (own, preset.dtype, preset.device):
         return []
     targets = TARGETS.get(row["preset"], {}).get((row["subject"], row["direction"]), {})
     return [(what, target, _value(row, what)) for what, target in targets.items()]

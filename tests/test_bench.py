@@ -1,10 +1,14 @@
-"""The timing core of bench/, on a clock of its own: nothing here is timed."""
+"""bench/: the timing core on a clock of its own, rows of tiny shapes, and what is refused. No test here rests on a time."""
 
 import itertools
+import json
 import math
+import os
 import random
+import subprocess
 import sys
 import weakref
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,14 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import grid, ratios, timing
-from bench.cases import BOTH, DIRECTIONS, OPS, Case, Sizes, footprint, peers
+from bench import grid, measure, models, once, peers, presets, suites, table, timing
+from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, Case, Sizes, footprint
 from bench.timing import Plan
+from tiger_fast.ops import triton
 
+ROOT = Path(__file__).resolve().parents[1]
 SMALL = Sizes(B=2, N=6, D=24, M=3, T=2, R=4, C=5, G=3, heads=4)
+TINY = ",".join(f"{name}={value}" for name, value in asdict(SMALL).items())
 
 
 class Clock:
@@ -26,7 +33,7 @@ class Clock:
         self.now, self.draws, self.noise = 0.0, random.Random(0), noise
         self.order: list[str] = []
 
-    def __call__(self) -> float:
+    def read(self) -> float:
         return self.now
 
     def takes(self, name: str, seconds: float, result=None):
@@ -42,7 +49,9 @@ class Clock:
 
 def compare(clock: Clock, calls: dict, plan: Plan | None = None) -> timing.Row:
     plan = plan or Plan(warmup=0.01, seconds=0.3)
-    return timing.compare(calls, ours="ours", reference="eager", tolerance=1e-4, plan=plan, clock=clock)
+    return timing.compare(
+        calls, ours="ours", reference="eager", tolerance=1e-4, plan=plan, clock=timing.HostClock(clock.read)
+    )
 
 
 @pytest.mark.parametrize("factor", [0.9, 1.1, 4.0])
@@ -108,14 +117,17 @@ def test_error_sees_one_wrong_value_beside_large_ones_of_another_tensor():
 def test_every_callable_follows_every_other():
     clock = Clock()
     timing.interleave(
-        {name: clock.takes(name, 1.0) for name in "abc"}, Plan(warmup=0, seconds=0, least=40), clock=clock
+        {name: clock.takes(name, 1.0) for name in "abc"},
+        Plan(warmup=0, seconds=0, least=40),
+        clock=timing.HostClock(clock.read),
     )
     assert set(itertools.pairwise(clock.order)) >= set(itertools.permutations("abc", 2))
 
 
 def test_short_calls_are_repeated_until_the_clock_can_tell():
     clock = Clock()
-    found = timing.interleave({"short": clock.takes("short", 1e-6)}, Plan(warmup=0, seconds=0, least=6), clock=clock)
+    host = timing.HostClock(clock.read)
+    found = timing.interleave({"short": clock.takes("short", 1e-6)}, Plan(warmup=0, seconds=0, least=6), clock=host)
     assert found["short"].calls == pytest.approx(timing.SAMPLE_SECONDS / 1e-6, rel=0.02)
     assert found["short"].median == pytest.approx(1e-6)
 
@@ -129,7 +141,7 @@ def test_outputs_are_dropped_before_the_next_call():
         alive.append(weakref.ref(result))
         return result
 
-    timing.interleave({"one": call}, Plan(warmup=0, seconds=0, least=6), clock=Clock())
+    timing.interleave({"one": call}, Plan(warmup=0, seconds=0, least=6), clock=timing.HostClock(Clock().read))
     assert len(alive) > 6
 
 
@@ -140,11 +152,26 @@ def test_median_interval_is_the_binomial_one():
 
 
 def test_peers_compute_what_the_reference_computes():
+    everyone = presets.settings(peers="all", device="cpu")
     for op, direction in itertools.product(OPS, DIRECTIONS):
         case = Case(op, SMALL)
         expected = case.call(case.function("reference"), direction)()
-        for name, function in peers(case, compiled=False).items():
-            assert timing.error(case.call(function, direction)(), expected) < 1e-5, (op, direction, name)
+        found, missing = peers.peers(case, everyone, compiles=False)
+        assert set(missing) <= set(peers.PACKAGES)
+        for name, function in found.items():
+            if name not in peers.PACKAGES:  # those need a GPU
+                assert timing.error(case.call(function, direction)(), expected) < 1e-5, (op, direction, name)
+
+
+def test_algebra_of_the_modes_computes_what_the_reference_computes():
+    for op, keywords in (
+        ("leave_one_out", {"renormalize": True}),
+        *(("counterfactual_losses", {"loss": loss}) for loss in ("l1", "mse", "bce", "cosine")),
+    ):
+        case = Case(op, SMALL, **keywords)
+        found, _ = peers.peers(case, presets.settings(peers="all", device="cpu"), compiles=False)
+        expected = case.call(case.function("reference"), BOTH)()
+        assert timing.error(case.call(found["algebra"], BOTH)(), expected) < 1e-5, (op, keywords)
 
 
 def test_footprint_counts_without_allocating_what_a_case_holds():
@@ -157,10 +184,17 @@ def test_costs_of_the_design_shape_are_the_designs():
     # The traffic in units of B N D; the small tensors (weights, a head) are under a tenth of a unit.
     units = {"leave_one_out": (24, 28), "counterfactual_losses": (4, 8), "group_attention": (16, 28)}
     for op, (forward, backward) in units.items():
-        case = Case(op)
+        case = Case(op, Sizes())
         unit = 4 * case.sizes.B * case.sizes.N * case.sizes.D
         first, both = (case.cost(direction).bytes / unit for direction in DIRECTIONS)
         assert first == pytest.approx(forward, abs=0.1) and both - first == pytest.approx(backward, abs=0.1), op
+
+
+def test_costs_count_bytes_of_the_activations_type():
+    full, half = (Case("group_attention", SMALL, dtype).cost(FORWARD) for dtype in (torch.float32, torch.bfloat16))
+    assert full.bytes == 2 * half.bytes and full.operations == half.operations
+    full, half = (Case("alignment_loss", SMALL, dtype).cost(FORWARD) for dtype in (torch.float32, torch.bfloat16))
+    assert full.bytes == half.bytes  # float32 beside any type
 
 
 def test_grid_has_the_cells_that_are_asked_for_and_none_twice():
@@ -174,10 +208,320 @@ def test_grid_has_the_cells_that_are_asked_for_and_none_twice():
             assert (min(values), max(values)) == (low, high)
 
 
-def test_target_of_attention_is_the_better_of_its_eager_peers():
+# -- CUDA's clock, with events of our own ---------------------------------------------------------------------------------
+
+
+class Cuda:
+    """torch.cuda's part in a clock: a device that works through what calls queue, and events that see it pass."""
+
+    def __init__(self) -> None:
+        self.host = self.device = 0.0
+        self.log: list[str] = []
+
+    def synchronize(self) -> None:
+        self.log.append("synchronize")
+        self.host = self.device = max(self.host, self.device)
+
+    def Event(self, enable_timing: bool) -> "Event":  # noqa: N802, torch's name
+        assert enable_timing
+        return Event(self)
+
+    def launches(self, seconds: float):
+        def call():
+            self.log.append("call")
+            self.device = max(self.device, self.host) + seconds
+
+        return call
+
+
+class Event:
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda, self.at = cuda, math.nan
+
+    def record(self) -> None:
+        self.cuda.log.append("record")
+        self.at = self.cuda.device
+
+    def synchronize(self) -> None:
+        self.cuda.log.append("wait")
+
+    def elapsed_time(self, other: "Event") -> float:
+        return (other.at - self.at) * 1e3
+
+
+def test_cuda_clock_times_the_device_between_events_and_not_the_host():
+    cuda = Cuda()
+    clock = timing.CudaClock(cuda=cuda)
+    assert clock.sample(cuda.launches(0.25), 2) == pytest.approx(0.5)
+    assert cuda.log == ["synchronize", "record", "call", "call", "record", "wait"]
+
+
+def test_interleave_divides_a_replay_by_the_calls_in_it():
+    cuda = Cuda()
+    replay = cuda.launches(1e-3)
+    replay.count = 10
+    calls = {"ours": replay, "eager": cuda.launches(2e-4)}
+    found = timing.interleave(calls, Plan(warmup=0, seconds=0, least=6), clock=timing.CudaClock(cuda=cuda))
+    assert found["ours"].median == pytest.approx(1e-4) and found["ours"].calls == 10
+    assert timing.ratio(found["eager"], found["ours"]).value == pytest.approx(2)
+
+
+def test_turns_go_round_through_the_copies():
+    turns = timing.Turns([lambda i=i: i for i in range(3)])
+    assert [turns() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+# -- presets and suites --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"preset": "smok"}, "did you mean 'smoke'?"),
+        ({"shape": "B=2,N"}, "'N' is not NAME=NUMBER"),
+        ({"shape": "B=0"}, "'B=0' is not NAME=NUMBER"),
+        ({"shape": "K=2"}, "there is no size 'K' (known: B, N, D, M, T, R, C, G, heads)"),
+        ({"shape": "D=10,heads=3"}, "heads=3 does not divide D=10"),
+        ({"shape": "M=17"}, "M=17 is above the limit of 16"),
+        ({"dtype": "int8"}, "unknown dtype 'int8'"),
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"backend": "gpu"}, "unknown backend"),
+        ({"peers": "egar"}, "did you mean 'eager'?"),
+        ({"seconds": 0.0}, "seconds must be more than 0"),
+        pytest.param(
+            {"preset": "gpu"},
+            "no GPU here",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here"),
+        ),
+    ],
+)
+def test_bad_options_are_one_line_that_says_what_would_do(options, words):
+    with pytest.raises(ValueError) as caught:
+        presets.settings(**options)
+    assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_every_preset_has_shapes_that_its_ops_take():
+    for name, preset in presets.PRESETS.items():
+        settings = presets.settings(name, device="cpu")
+        ids = [benchmark.id for suite in suites.SUITES for benchmark in suites.of(suite, settings)]
+        assert len(set(ids)) == len(ids) and {text.partition("/")[0] for text in ids} >= set(preset.ops), name
+        for text in ids:
+            assert suites.find(text, settings).id == text
+        if preset.models:
+            assert math.prod(preset.grid) == preset.sizes.N
+            assert {"step/none", "step/decode", "step/linear", "step/first_order"} <= set(ids)
+    assert not any(text.startswith(("route", "step")) for text in ids)  # the last, TAVER's
+
+
+def test_variants_change_one_size_and_every_size_has_some():
+    settings = presets.settings("design")
+    found = list(suites.of("scaling", settings))
+    assert {name for b in found for name in b.variant} == {"T", "M", "N", "D", "R", "C", "G"}
+    for benchmark in found:
+        own = settings.sizes(benchmark.subject)
+        batch = benchmark.sizes(settings).B  # a model's is the preset's
+        assert benchmark.sizes(settings) == replace(own, B=batch, **benchmark.variant)
+
+
+@pytest.mark.parametrize(
+    "text", ["rout/forward", "route/backward", "step/forward", "route/forward/K=2", "route/forward/M=20"]
+)
+def test_ids_of_nothing_are_refused(text):
+    with pytest.raises(ValueError):
+        suites.find(text, presets.settings(device="cpu"))
+
+
+def test_memory_is_counted_without_being_taken():
+    settings = presets.settings("design", shape="N=16777216")
+    before = measure.resident("VmRSS")
+    needed = suites.Benchmark("leave_one_out", BOTH).needs(settings)
+    # Arguments, results, both once more (what is compared), and eager's stack of the experts.
+    assert needed > 2 * footprint("leave_one_out", settings.sizes("leave_one_out"), BOTH) * 0.9 > 10**12
+    assert measure.resident("VmRSS") - before < 1e9
+
+
+# -- rows ------------------------------------------------------------------------------------------------------------------
+
+ROW = {
+    "id", "suite", "subject", "direction", "variant", "preset", "sizes", "dtype", "device", "backend", "ours", "peers",
+    "fastest", "memory", "cost", "achieved", "limit", "peak_bytes", "kept_bytes", "host_seconds", "notes",
+}  # fmt: skip
+TIMES = {"median", "q1", "q3", "min", "rounds", "calls"}
+
+
+@pytest.fixture
+def session(monkeypatch):
+    """A session of tiny shapes, limits and times, without the process with kept memory."""
+    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 2**16})
+    monkeypatch.setattr(measure, "SQUARE", {"cpu": (16, 16, 16)})
+    monkeypatch.setattr(measure.Session, "_add_kept", lambda self, row, benchmark: None)
+
+    def make(**options):
+        return measure.Session(
+            presets.settings(**{"shape": TINY, "seconds": 1e-3, "device": "cpu", "peers": "eager"} | options)
+        )
+
+    return make
+
+
+def row_of(session: measure.Session, text: str) -> dict:
+    return session.row(suites.find(text, session.settings))[0]
+
+
+def test_rows_of_ops_and_models_have_what_a_reader_needs(session):
+    made = session()
+    for text in ("route/forward", "confidence_loss/forward+backward", "alignment_loss/forward+backward/M=2"):
+        row = row_of(made, text)
+        assert set(row) == ROW and set(row["ours"]) == TIMES, row
+        eager = row["peers"]["eager"]
+        assert set(eager) == TIMES | {"ratio", "error", "peak_bytes"} and row["fastest"] == "eager"
+        assert eager["ratio"]["value"] == pytest.approx(eager["median"] / row["ours"]["median"])
+        assert row["achieved"]["bytes_per_second"] == pytest.approx(row["cost"]["bytes"] / row["ours"]["median"])
+        assert row["limit"]["copy_bandwidth"] > 0 and row["host_seconds"] > 0
+        assert json.loads(json.dumps(row, allow_nan=False)) == row
+
+
+@pytest.mark.parametrize("text", [f"{name}/{d}" for name, ds in models.SUBJECTS.items() for d in ds])
+def test_models_on_both_backends_agree_and_are_timed(session, text):
+    row = row_of(session(), text)
+    assert set(row) == ROW and row["peers"]["eager"]["ratio"]["value"] > 0 and row["cost"] is None, row
+    assert row["sizes"] == asdict(SMALL)
+
+
+def test_bfloat16_is_measured_as_float32_is(session):
+    made = session(dtype="bfloat16")
+    assert "ours" in row_of(made, "group_attention/forward") and "ours" in row_of(made, "step/none")
+
+
+def test_a_peer_that_is_missing_raises_or_disagrees_is_a_word_and_the_row_goes_on(session, monkeypatch):
+    def raises(*_, **__):
+        raise RuntimeError("no such kernel\nand more")
+
+    def wrong(qkv, num_heads):
+        return torch.zeros_like(qkv[..., : qkv.shape[-1] // 3])
+
+    monkeypatch.setitem(peers.PACKAGES, "xformers", ("xformers_that_nobody_has", "xformers"))
+    monkeypatch.setattr(peers, "find_spec", lambda name: None if name == "xformers_that_nobody_has" else object())
+    others = {"sdpa": wrong, "flash-attn": raises, "xformers": raises}
+    monkeypatch.setitem(peers.OTHERS, "group_attention_packed", others)
+    row = row_of(session(peers="eager,sdpa,flash-attn,xformers"), "group_attention_packed/forward")
+    found = row["peers"]
+    assert found["flash-attn"] == {"refused": "raised RuntimeError: no such kernel"}
+    assert found["xformers"] == {"missing": "xformers is not installed"}
+    assert found["sdpa"]["refused"].startswith("DISAGREES") and "ratio" not in found["sdpa"]
+    assert "ratio" in found["eager"] and row["fastest"] == "eager"
+    text = "\n".join(table.lines([row]))
+    for words in (
+        "flash-attn refused: raised RuntimeError",
+        "xformers missing: xformers is not installed",
+        "DISAGREES",
+    ):
+        assert words in text
+
+
+def test_ours_that_disagrees_is_an_error_and_has_no_time(session, monkeypatch):
+    function = Case.function
+
+    def off(self, backend):
+        right = function(self, backend)
+        return right if backend == "reference" else lambda **tensors: 1.01 * right(**tensors)
+
+    monkeypatch.setattr(Case, "function", off)
+    made = session(backend="cpu") if "cpu" in presets.available_backends() else pytest.skip("cpu is not compiled here")
+    row = row_of(made, "leave_one_out/forward")
+    assert row["error"].startswith("ours DISAGREES") and "ours" not in row
+
+
+def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(session, monkeypatch):
+    monkeypatch.setattr(presets, "available", lambda device: 10**6)
+    monkeypatch.setattr(suites.Benchmark, "build", lambda *_: pytest.fail("allocated"))
+    row = row_of(session(shape="N=65536"), "route/forward")
+    assert row["error"].startswith("does not fit: eager takes") and row["error"].endswith("of cpu memory are free")
+
+
+def test_on_cuda_torch_compile_takes_part_with_max_autotune_too():
+    cuda = replace(presets.settings(peers="all", device="cpu"), device="cuda")
+    found, _ = peers.peers(Case("route", SMALL), cuda, compiles=True)
+    assert {"compile", "compile-max-autotune", "algebra", "algebra-compile"} < set(found)
+    smoke = presets.settings(device="cpu")
+    assert list(peers.peers(Case("route", SMALL), smoke, compiles=True)[0]) == ["eager", "compile"]
+
+
+def test_targets_are_of_the_preset_as_it_stands_and_of_the_fastest_that_counts():
     row = {
-        "op": "group_attention",
+        "preset": "design",
+        "sizes": asdict(Sizes()),
+        "dtype": "float32",
+        "device": "cpu",
+        "subject": "group_attention",
         "direction": "forward",
-        "ratios": {"eager": {"value": 12.0}, "sdpa": {"value": 9.0}, "compile": {"value": 7.0}},
+        "ours": {},
+        "peers": {name: {"ratio": {"value": v}} for name, v in (("eager", 12.0), ("sdpa", 9.0), ("compile", 7.0))},
+        "limit": {"share": 0.8},
     }
-    assert ratios.against_targets(row) == [("eager", 10.0, 9.0), ("compile", 6.5, 7.0)]
+    assert table.against_targets(row) == [("eager/sdpa", 10.0, 9.0), ("compile", 6.5, 7.0)]
+    gpu = row | {"preset": "gpu", "sizes": asdict(Sizes(B=32)), "dtype": "bfloat16", "device": "cuda", "peers": {}}
+    (what, target, value), limit = table.against_targets(gpu)
+    assert (what, target) == ("sdpa/flash-attn/xformers", 10.0) and math.isnan(value) and limit == ("limit", 0.85, 0.8)
+    for other in ({"sizes": asdict(Sizes(G=2))}, {"dtype": "bfloat16"}, {"subject": "adapter"}):
+        assert table.against_targets(row | other) == []
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_once_lists_the_operators_of_ours(backend, capsys):
+    if backend not in presets.available_backends() or backend == "triton" and not triton.INTERPRETED:
+        pytest.skip(f"{backend} does not run on CPU tensors here")
+    given = ["leave_one_out/forward+backward", "--shape", "B=1,N=4,D=16,M=2,T=2,heads=2", "--device", "cpu"]
+    assert once.main([*given, "--backend", backend, "--table", "--repeat", "2"]) == 0
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("leave_one_out/forward+backward: ") and rest
+    assert any("::leave_one_out_backward" in line and " 1.0 x" in line for line in rest) == (backend != "reference")
+
+
+@pytest.mark.parametrize(
+    "given", [["rout/forward"], ["route/forward", "--shape", "x"], ["route/forward", "--preset", "x"]]
+)
+def test_once_of_nothing_is_one_line(given, capsys):
+    assert once.main([*given, "--device", "cpu"]) == 64
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def pytest_bench(*options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", "-p", "no:cacheprovider", *map(str, options)]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+
+
+def test_pytest_bench_writes_rows_into_the_json_of_pytest_benchmark_and_prints_a_table(tmp_path):
+    options = ("--shape", TINY, "--seconds", "0.01", "--peers", "eager", "--device", "cpu")
+    file = tmp_path / "found.json"
+    done = pytest_bench(*options, "-k", "leave_one_out/forward and not test_scale", f"--benchmark-json={file}")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    document = json.loads(file.read_text())
+    facts = document["machine_info"]
+    assert (
+        facts["device"]["class"] == timing.device_class("cpu") and facts["contract_version"] == timing.CONTRACT_VERSION
+    )
+    assert {"driver", "torch", "triton", "compiler", "revision", "dirty", "threads", "load", "contract"} <= set(facts)
+    assert document["not_measured"] == []
+    names = [b["extra_info"]["id"] for b in document["benchmarks"]]
+    assert names == ["leave_one_out/forward", "leave_one_out/forward+backward"]
+    for b in document["benchmarks"]:
+        row = b["extra_info"]
+        assert b["param"] == row["id"] and b["group"] == "ops" and set(row) == ROW, row
+        assert b["stats"]["median"] == pytest.approx(row["ours"]["median"])
+        assert b["stats"]["rounds"] == row["ours"]["rounds"] and b["stats"]["iterations"] == row["ours"]["calls"]
+        assert "ratio" in row["memory"]["eager_kept"], row["notes"]
+        assert f"| {row['id']} " in done.stdout
+
+
+def test_pytest_bench_with_a_bad_option_is_one_line():
+    done = pytest_bench("--preset", "nyud")
+    assert done.returncode == 4
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line.startswith("ERROR: unknown preset 'nyud'; did you mean 'nyud-b'?")

@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not in
 from bench_results import IDS, Machine, document, results, row
 
 from bench import baseline, files, page, timing
+from bench.presets import PRESETS
 
 DOCS = files.ROOT / "docs"
 
@@ -22,7 +24,7 @@ def timings(ours: float, **peers: float) -> dict[str, timing.Timing]:
 
 def stated(preset: str, dtype: str, kind: str, **facts) -> files.Results:
     """One file of a few rows, as `python -m bench` would have measured them."""
-    common = {"preset": preset, "dtype": dtype, "device": kind}
+    common = {"preset": preset, "dtype": dtype, "device": kind, "sizes": asdict(PRESETS[preset].sizes)}
     kept = {"eager_kept": {"median": 2.0, "ratio": {"value": 2.5, "low": 2.4, "high": 2.6, "certain": True}}}
     rows = [
         row("route/forward", timings(1e-3, eager=5e-3, compile=2e-3), memory=kept, **common),
@@ -33,6 +35,7 @@ def stated(preset: str, dtype: str, kind: str, **facts) -> files.Results:
         row("step/none", timings(1.0, eager=2.0), cost=None, achieved=None, limit=None, **common),
         row("step/decode", timings(1.5, eager=4.5), cost=None, achieved=None, limit=None, **common),
     ]
+    rows[0]["peers"]["eager"]["peak_bytes"] = 7_000_000
     rows[1]["peers"]["flash-attn"] = {"missing": "flash-attn is not installed"}
     rows[1]["peers"]["xformers"] = {"refused": "raised RuntimeError: no such kernel"}
     found = document(rows, **facts)
@@ -108,8 +111,14 @@ def test_times_are_for_gpus_alone(cpu, gpu):
 
 def test_steps_and_curves_are_relative_to_our_first(cpu):
     text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
-    assert cells(text, "decode") == ["decode", "1.50", "3.00 ±0%", "3"]
+    assert cells(text, "decode") == ["decode", "1.50", "3.00 ±0%", "3", ""]
     assert cells(text, "route forward", "T = 1, 8")[2:] == ["1.00, 4.00", "2.00 ±0%, 10.00 ±0%"]
+
+
+def test_memory_is_stated_beside_eagers_and_ratios_with_kept_memory(cpu):
+    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    head, found = cells(text, "", "ours"), cells(text, "route forward", "cpu")
+    assert [found[head.index(name)] for name in ("peak, MB", "eager's", "kept")] == ["3", "7", "2.50 ±4%"]
 
 
 def test_what_is_missing_is_named_with_its_rows(cpu):
