@@ -193,6 +193,7 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
             _giga(done.get("operations_per_second")),
             _limit(row),
             _mega(row),
+            _mega(row["peers"].get("eager", {})),
         ]
         cells += [_micro(row.get("host_seconds"))] if _gpu(results) else []
         lines.append(cells)
