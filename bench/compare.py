@@ -110,7 +110,7 @@ def report(then: Results, now: Results) -> str:
         found = []
     if not changes and not found:
         raise files.Unusable(f"{then.path} and {now.path} have nothing in common that can be compared")
-    return "\n".join(lines)
+    return "\n".join(lines).lstrip("\n")
 
 
 def _ratio(figure: tuple[float, float, float]) -> str:
