@@ -6,9 +6,13 @@ from importlib import import_module
 
 # Each is a module with main(arguments) -> exit code, whose docstring's first line says what it does.
 COMMANDS = {
+    "baseline": "bench.baseline",
+    "calibrate": "bench.calibrate",
+    "compare": "bench.compare",
     "grid": "bench.grid",
     "list": "bench.listing",
     "once": "bench.once",
+    "page": "bench.page",
 }
 
 

@@ -1,16 +1,18 @@
 """pytest's side of bench/: options, rows into pytest-benchmark's JSON, the table at the end, the gate."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import presets, suites, table, timing
+from bench import again, files, gate, presets, suites, table, timing
 from bench.measure import Row, Session
 
 SESSION = pytest.StashKey[Session]()
 ROWS = pytest.StashKey[list[Row]]()
 FACTS = pytest.StashKey[dict[str, Any]]()
+OPTIONS = pytest.StashKey[dict[str, Any]]()
 VERDICT = pytest.StashKey[str]()
 
 
@@ -29,15 +31,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("peers", f"these only, or all: {', '.join(presets.PEERS)} (default: the preset's)", metavar="A,B")
     add("max-autotune", "torch.compile with max-autotune on a CPU too (slow)", action="store_true")
     add("gate", "fail where a ratio has fallen below the committed baseline's", action="store_true")
+    add("baselines", "where those are (default: bench/results)", type=Path, metavar="FOLDER", default=files.RESULTS)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     names = ("preset", "shape", "dtype", "device", "backend", "seconds", "peers", "max_autotune")
     try:
-        settings = presets.settings(**{name: config.getoption(f"bench_{name}") for name in names})
+        options = {name: config.getoption(f"bench_{name}") for name in names}
+        settings = presets.settings(**options)
     except ValueError as problem:
         raise pytest.UsageError(str(problem)) from None
-    config.stash[SESSION], config.stash[ROWS] = Session(settings), []
+    config.stash[SESSION], config.stash[ROWS], config.stash[OPTIONS] = Session(settings), [], options
     config.stash[FACTS] = timing.provenance(settings.device)
     # Its table has times of ours only, and none of the peers'; --benchmark-verbose brings it back.
     config.option.benchmark_quiet = True
@@ -109,13 +113,10 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     if config.getoption("bench_gate") and config.stash[ROWS]:
-        from bench import gate
-
-        document = {
-            "machine_info": config.stash[FACTS],
-            "benchmarks": [{"fullname": row["id"], "extra_info": row} for row in config.stash[ROWS]],
-        }
-        report = gate.check(document)
+        rows = {row["id"]: row for row in config.stash[ROWS]}
+        now = files.Results(Path("this run"), config.stash[FACTS], {}, rows)
+        measure = again.in_fresh_processes(config.stash[OPTIONS])
+        report = gate.check(now, measure, config.getoption("bench_baselines"))
         config.stash[VERDICT] = report.text
         if report.failed:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED

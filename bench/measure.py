@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench import presets, timing
+from bench import presets, slowed, timing
 from bench.cases import Cost
 from bench.presets import Settings
 from bench.suites import Benchmark, Built
@@ -50,10 +50,11 @@ class Session:
 
     Args:
         settings: of the run.
+        alone: times and ratios only, in the same interleaved rounds; no limits, and no kept memory.
     """
 
-    def __init__(self, settings: Settings) -> None:
-        self.settings = settings
+    def __init__(self, settings: Settings, *, alone: bool = False) -> None:
+        self.settings, self.alone = settings, alone
         self._limits: tuple[float, timing.Bandwidth, float] | None = None
         self._kept: Kept | None = None
 
@@ -78,6 +79,8 @@ class Session:
                 return row | {"error": lack}, None
             torch.compiler.reset()
             built = benchmark.build(settings)
+            if settings.device == "cpu":
+                built.calls["ours"] = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
             errors, refused = timing.check(
                 built.calls, reference="eager", tolerance=built.tolerance, difference=built.difference
             )
@@ -121,6 +124,8 @@ class Session:
             row["peers"][name] = found | row["peers"][name]
         medians = {name: row["peers"][name]["median"] for name in timings if name != "ours"}
         row["fastest"] = min(medians, key=medians.__getitem__, default=None)
+        if self.alone:
+            return row, ours
         if built.cost is not None:
             row |= self._limit(built.cost, ours.median)
         memory = {name: peak_memory(calls[name], settings.device) for name in ("ours", "eager")}
@@ -128,7 +133,7 @@ class Session:
         row["peers"]["eager"]["peak_bytes"] = (memory["eager"] or (None, None))[0]
         if memory["ours"] is None:
             row["notes"].append("peak memory: this system does not say")
-        if not cuda and benchmark.suite == "ops":
+        if not cuda:
             self._add_kept(row, benchmark)
         return row, ours
 
@@ -344,14 +349,14 @@ class Kept:
 
 
 def answer(name: str, settings: Settings) -> Row:
-    """What `Kept.ask` is answered."""
+    """What `Kept.ask` is answered: eager, with its ratio to ours, and ours beside it."""
     from bench import suites
 
     benchmark = suites.find(name, settings)
     built = benchmark.build(settings)
-    calls = {name: built.calls[name] for name in ("ours", "eager")}
-    timings = timing.interleave(calls, plan_of(settings, benchmark))
-    return _against(timings, timings["ours"])["eager"]
+    ours = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
+    timings = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan_of(settings, benchmark))
+    return _against(timings, timings["ours"])["eager"] | {"ours": timings["ours"].summary()}
 
 
 def serve(arguments: Sequence[str]) -> None:

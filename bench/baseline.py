@@ -1,0 +1,149 @@
+"""`python -m bench baseline`: runs the benchmarks several times and writes what the gate compares with.
+
+One run says nothing about how much the next will differ. Runs of different hours and days say it best: keep each run's
+--benchmark-json and give all of them to --merge. What this command does not know goes to pytest (--preset, --dtype, -k, ...).
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import files, gate, slowed
+from bench.files import Results
+
+# What a baseline keeps of machine_info: nothing that names a machine's owner, and not a processor's list of flags.
+KEPT_FACTS = (
+    "device",
+    "driver",
+    "cpu_name",
+    "cores",
+    "threads",
+    "instructions",
+    "torch",
+    "triton",
+    "compiler",
+    "python",
+    "huge_pages",
+    "allocator",
+    "revision",
+    "dirty",
+    "load",
+    "date",
+    "contract",
+    "contract_version",
+)
+# What has to be the same in runs that are merged.
+SAME = ("device", "driver", "torch", "triton", "threads", "revision", "dirty", "contract_version")
+DIGITS = 6
+
+
+def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
+    """One document of several runs, and a line for each row that is not in all of them.
+
+    A row is the one of the run whose ratio was the median, with `runs` beside it: for each peer, the ratios (lower quartile
+    over lower quartile) and the rounds' noise of all runs, in order.
+
+    Raises:
+        Unusable: too few runs, or runs that cannot be merged.
+    """
+    if len(runs) < gate.LEAST_RUNS:
+        raise files.Unusable(f"{len(runs)} runs: at least {gate.LEAST_RUNS} are needed to see how much runs differ")
+    for run in runs[1:]:
+        for name in SAME:
+            if run.machine.get(name) != runs[0].machine.get(name):
+                old, new = runs[0].machine.get(name), run.machine.get(name)
+                raise files.Unusable(
+                    f"{run.path}: {name} {new}, and {old} in {runs[0].path}: not the runs of one baseline"
+                )
+    benchmarks, notes = [], []
+    for name in dict.fromkeys(name for run in runs for name in run.rows):
+        found = [run.benchmarks[name] for run in runs if "ours" in run.rows.get(name, {})]
+        if len(found) == len(runs) and all(b["extra_info"]["sizes"] == found[0]["extra_info"]["sizes"] for b in found):
+            benchmarks.append(_benchmark(found))
+        else:
+            notes.append(f"{name}: measured at one size in {len(found)} of {len(runs)} runs, left out")
+    facts = {name: runs[-1].machine[name] for name in KEPT_FACTS if name in runs[-1].machine}
+    return _rounded({"machine_info": facts, "benchmarks": benchmarks}), notes
+
+
+def _benchmark(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    rows, runs = [benchmark["extra_info"] for benchmark in found], {}
+    for peer in (*rows[0]["peers"], gate.KEPT):
+        seen = [gate.observed(row, peer) for row in rows]
+        if None not in seen:
+            runs[peer] = {"ratio": [math.exp(value) for value, _ in seen], "noise": [noise for _, noise in seen]}
+    some = next(iter(runs.values()))["ratio"] if runs else [0.0]
+    chosen = found[some.index(statistics.median_low(some))]
+    stats = {name: value for name, value in chosen["stats"].items() if name != "data"}
+    return {**chosen, "stats": stats, "extra_info": {**chosen["extra_info"], "runs": runs}}
+
+
+def _rounded(value: Any) -> Any:
+    # Six digits are more than any noise leaves; a file half the size is easier to review.
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    if isinstance(value, Mapping):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, (list, tuple)) else value
+
+
+def run(options: Sequence[str], file: Path) -> int:
+    """One run of the benchmarks in a process of its own; pytest's exit code."""
+    command = [sys.executable, "-m", "pytest", "bench/", "-q", *options, f"--benchmark-json={file}"]
+    return subprocess.run(command, cwd=files.ROOT).returncode
+
+
+def write(document: Mapping[str, Any], folder: Path) -> list[Path]:
+    """One file for each preset and type among the rows."""
+    kinds: dict[tuple[str, str], list[Any]] = {}
+    for benchmark in document["benchmarks"]:
+        row = benchmark["extra_info"]
+        kinds.setdefault((row["preset"], row["dtype"]), []).append(benchmark)
+    paths = []
+    for kind, some in kinds.items():
+        path = files.baseline_path(document["machine_info"], *kind, folder)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({**document, "benchmarks": some}, indent=1) + "\n")
+        paths.append(path)
+    return paths
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench baseline", description=__doc__)
+    parser.add_argument("--runs", type=int, default=7, help="how many runs to make (default: 7)")
+    parser.add_argument("--merge", nargs="+", type=Path, metavar="FILE", help="merge these runs' JSON, make none")
+    parser.add_argument("--out", type=Path, default=files.RESULTS, help="folder (default: bench/results)")
+    options, others = parser.parse_known_args(arguments)
+    try:
+        if slowed.VARIABLE in os.environ:
+            raise files.Unusable(f"{slowed.VARIABLE} is set: ours would be slowed on purpose")
+        if any(word.partition("=")[0] == "--shape" for word in others):
+            raise files.Unusable("a baseline is of a preset as it is, without --shape")
+        with tempfile.TemporaryDirectory() as folder:
+            paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
+            for i, path in enumerate(() if options.merge else paths):
+                print(f"run {i + 1} of {options.runs}", flush=True)
+                if code := run(others, path):
+                    print(f"run {i + 1} ended with {code}; what it measured counts", file=sys.stderr)
+            runs = [files.load(path) for path in paths]
+            document, notes = merge(runs)
+        written = write(document, options.out)
+    except files.Unusable as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    for line in [*files.warnings(runs[0]), *notes, *(f"wrote {path}" for path in written)]:
+        print(line)
+    return 0 if written else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,148 @@
+"""`python -m bench compare A.json B.json`: what moved from one file of results to another.
+
+Rows are compared by their ratio to a peer that both files have, the one whose intervals are the narrowest, and so across
+machines too, with a warning. Times are compared only where both files name the same device. Files of pytest-benchmark
+without rows of bench have times alone.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import files
+from bench.files import Results
+
+
+@dataclass(frozen=True)
+class Change:
+    """A row's figure in two files, with 95 % intervals: (value, low, high); `peer` None: a time in seconds."""
+
+    name: str
+    peer: str | None
+    then: tuple[float, float, float]
+    now: tuple[float, float, float]
+
+    @property
+    def factor(self) -> float:
+        """How many times faster ours is now."""
+        return self.now[0] / self.then[0] if self.peer else self.then[0] / self.now[0]
+
+    @property
+    def moved(self) -> bool:
+        """Whether the intervals are apart."""
+        return self.now[1] > self.then[2] or self.now[2] < self.then[1]
+
+
+def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
+    """Every common row's change against the common peer with the narrowest intervals, and a line for what has none."""
+    changes, notes = [], []
+    old, new = files.measured(then), files.measured(now)
+    for name in old.keys() & new.keys():
+        if old[name]["sizes"] != new[name]["sizes"]:
+            notes.append(f"{name}: other sizes, not compared")
+            continue
+        if old[name]["dtype"] != new[name]["dtype"]:
+            notes.append(f"{name}: {old[name]['dtype']} and {new[name]['dtype']}, not compared")
+            continue
+        found = {}
+        for peer, then_peer in old[name]["peers"].items():
+            now_peer = new[name]["peers"].get(peer, {})
+            if "ratio" in then_peer and "ratio" in now_peer:
+                found[peer] = Change(name, peer, _interval(then_peer["ratio"]), _interval(now_peer["ratio"]))
+        if found:
+            changes.append(min(found.values(), key=_width))
+        else:
+            notes.append(f"{name}: no peer in common")
+    notes.sort()
+    for one, other, words in ((then, now, "only then"), (now, then, "only now")):
+        alone = sorted(one.rows.keys() - other.rows.keys())
+        if alone:
+            notes.append(f"{words}: {', '.join(alone)}")
+    for results in (then, now):
+        notes += [f"{results.path}: {name}: {row['error']}" for name, row in results.rows.items() if "error" in row]
+    return sorted(changes, key=lambda change: (change.factor, change.name)), notes
+
+
+def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
+    return ratio["value"], ratio["low"], ratio["high"]
+
+
+def _width(change: Change) -> float:
+    return math.log(change.then[2] / change.then[1]) + math.log(change.now[2] / change.now[1])
+
+
+def times(then: Results, now: Results) -> list[Change]:
+    """The medians of everything in both files, with quartiles; by row, or by test where a file has no rows."""
+    sides = []
+    for results in (then, now):
+        found = {name: results.rows.get(name, {}).get("ours", b["stats"]) for name, b in results.benchmarks.items()}
+        sides.append({name: (t["median"], t["q1"], t["q3"]) for name, t in found.items()})
+    old, new = sides
+    changes = [Change(name, None, old[name], new[name]) for name in old.keys() & new.keys()]
+    return sorted(changes, key=lambda change: (change.factor, change.name))
+
+
+def report(then: Results, now: Results) -> str:
+    """What moved, as text.
+
+    Raises:
+        Unusable: nothing in the two files can be compared.
+    """
+    if not files.same_contract(then, now):
+        old, new = then.machine.get("contract_version"), now.machine.get("contract_version")
+        raise files.Unusable(
+            f"{then.path} is of timing contract {old} and {now.path} of {new}: their numbers differ in kind"
+        )
+    changes, notes = ratios(then, now)
+    lines = [*files.warnings(then), *files.warnings(now), *files.differences(then, now), *notes]
+    if changes:
+        lines += ["", "ratios: the peer's time over ours, 95 % interval; lowest change first", _table(changes, _ratio)]
+    if then.device == now.device:
+        if found := times(then, now):
+            lines += ["", f"ABSOLUTE times on {now.device}: median, quartiles; they move with the machine's load too"]
+            lines.append(_table(found, _seconds))
+    else:
+        lines += ["", "times are not compared: the devices differ"]
+        found = []
+    if not changes and not found:
+        raise files.Unusable(f"{then.path} and {now.path} have nothing in common that can be compared")
+    return "\n".join(lines).lstrip("\n")
+
+
+def _ratio(figure: tuple[float, float, float]) -> str:
+    return "{:.3g} [{:.3g}, {:.3g}]".format(*figure)
+
+
+def _seconds(figure: tuple[float, float, float]) -> str:
+    return "{:.4g} ms [{:.4g}, {:.4g}]".format(*(value * 1e3 for value in figure))
+
+
+def _table(changes: Sequence[Change], cell: Any) -> str:
+    cells = [("row", "peer", "then", "now", "speed of ours", "")]
+    for change in changes:
+        moved = ("slower" if change.factor < 1 else "faster") if change.moved else "within noise"
+        values = cell(change.then), cell(change.now)
+        cells.append((change.name, change.peer or "", *values, f"{change.factor - 1:+.1%}", moved))
+    return files.align(cells)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench compare", description=__doc__)
+    parser.add_argument("then", type=Path)
+    parser.add_argument("now", type=Path)
+    options = parser.parse_args(arguments)
+    try:
+        print(report(files.load(options.then), files.load(options.now)))
+    except files.Unusable as problem:
+        print(problem, file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

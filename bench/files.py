@@ -1,0 +1,105 @@
+"""Result files: pytest-benchmark's JSON with a row of bench in each benchmark's extra_info.
+
+A baseline is such a file too: one row an id, with `runs` beside it (see `bench.baseline`).
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "bench" / "results"
+
+
+class Unusable(Exception):
+    """A result file that cannot be used; the message is one line that names the file and says why."""
+
+
+@dataclass(frozen=True)
+class Results:
+    """One file: the machine's facts, pytest-benchmark's own benchmarks by id, or by name where they have no row, and the rows
+    among them by id, those that could not be measured too."""
+
+    path: Path
+    machine: Mapping[str, Any]
+    benchmarks: Mapping[str, Mapping[str, Any]]
+    rows: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def device(self) -> str:
+        """The device's name; a plain file of pytest-benchmark has its processor's."""
+        found = self.machine.get("device", {}).get("name")
+        return found or self.machine.get("cpu", {}).get("brand_raw") or "unknown device"
+
+    @property
+    def device_class(self) -> str | None:
+        """The device's class, such as cpu-x86_64-2c."""
+        return self.machine.get("device", {}).get("class")
+
+
+def load(path: Path) -> Results:
+    """Read a file.
+
+    Raises:
+        Unusable: it cannot be read, is no JSON, or not pytest-benchmark's.
+    """
+    try:
+        document = json.loads(Path(path).read_text())
+    except OSError as problem:
+        raise Unusable(f"{path}: {problem.strerror or problem}") from None
+    except ValueError as problem:
+        raise Unusable(f"{path}: not JSON ({problem})") from None
+    return results(document, Path(path))
+
+
+def results(document: Any, path: Path = Path("this run")) -> Results:
+    """The same of a document in memory."""
+    try:
+        found = {b["extra_info"].get("id", b["fullname"]): b for b in document["benchmarks"]}
+        rows = {name: b["extra_info"] for name, b in found.items() if "id" in b["extra_info"]}
+        rows |= {row["id"]: row for row in document.get("not_measured", ())}
+        return Results(path, document["machine_info"], found, rows)
+    except (AttributeError, KeyError, TypeError):
+        raise Unusable(f"{path}: not a result of pytest-benchmark (--benchmark-json)") from None
+
+
+def measured(found: Results) -> dict[str, Mapping[str, Any]]:
+    """The rows that have times."""
+    return {name: row for name, row in found.rows.items() if "ours" in row}
+
+
+def baseline_path(machine: Mapping[str, Any], preset: str, dtype: str, folder: Path = RESULTS) -> Path:
+    """Where the baseline of a device class, preset and type is."""
+    return folder / machine["device"]["class"] / f"{preset}-{dtype}.json"
+
+
+def warnings(found: Results) -> list[str]:
+    """A line for what makes one file's numbers doubtful: a dirty tree, or none known."""
+    if found.machine.get("dirty"):
+        return [f"{found.path} was measured on a dirty tree: no revision stands behind its numbers"]
+    return []
+
+
+def differences(then: Results, now: Results) -> list[str]:
+    """A line for each fact that ratios depend on and that differs between two files."""
+    lines = []
+    facts = {"device": (then.device, now.device)}
+    for name in ("driver", "torch", "triton", "compiler", "threads"):
+        facts[name] = (then.machine.get(name), now.machine.get(name))
+    for name, (old, new) in facts.items():
+        if old != new:
+            lines.append(f"{name} differs, {old} then and {new} now: ratios may have moved for that reason")
+    return lines
+
+
+def same_contract(then: Results, now: Results) -> bool:
+    """Whether both were timed by the same contract; files without one, pytest-benchmark's own, agree."""
+    return then.machine.get("contract_version") == now.machine.get("contract_version")
+
+
+def align(cells: Sequence[Sequence[str]]) -> str:
+    """Rows of words as columns."""
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)

@@ -1,0 +1,353 @@
+"""The gate: has a ratio to a peer of the same run fallen, since the committed baseline, by more than its noise allows?
+
+What is compared is the logarithm of a row's ratio, lower quartile over lower quartile: a burst of somebody else's load has to
+cover three quarters of the rounds to move it. The peer, the row's yardstick, is the one whose ratio was the steadiest over
+the baseline's runs. Noise is known twice: within a run, from its rounds, and from run to run, from the baseline. A few
+runs say little about one row's spread, so it is drawn towards what the row's rounds say times what is common to all rows
+(how much more runs differ than rounds let expect).
+
+Beside every row, all rows of a subject are judged as one, by the mean of their changes: a kernel that got slower shows in
+each of them, and their mean has less noise than any.
+
+A change is judged in two steps. What looks slower is measured again, up to `PASSES` times and each time in a fresh process,
+and is slower if most of these say so; the first look is not among them, since it was chosen for being low. With so many rows
+one is always low: what is allowed is such that all checks together raise a false alarm in `FALSE_ALARMS` of all runs.
+"""
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import NormalDist
+from typing import Any
+
+from bench import files
+from bench.files import Results
+
+# The slow-down to notice, and how surely. A check whose noise is too large for it says what it notices instead.
+NOTICED, POWER = math.log(1.10), 0.95
+# Of all runs, at most: 1 in 20.
+FALSE_ALARMS = 0.05
+# The least that is allowed: another day, or the same kernel linked elsewhere, is not in the spread of a baseline's runs.
+LEAST_ALLOWED = math.log(1.05)
+# Odd. The median of five has half the noise of one, and two of them may meet a burst.
+PASSES = 5
+# How many further runs the noise common to all rows counts as, beside the runs of the row itself.
+COMMON_RUNS = 4
+# The share of the variance between runs that passes minutes apart have in common, and that no number of passes averages out.
+# Chosen, not measured: what a neighbour does to a machine may last for hours or for seconds.
+LASTING = 0.5
+# Ratios of rounds that agree better than this agree by chance, or by the clock's resolution.
+LEAST_NOISE = 1e-3
+# Fewer runs say nothing about the noise between them.
+LEAST_RUNS = 3
+
+NORMAL = NormalDist()
+Row = Mapping[str, Any]
+# Measures rows again: ids, each with its yardstick -> rows by id; what failed is left out.
+Again = Callable[[Mapping[str, str]], Mapping[str, Row]]
+# Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
+# whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
+KEPT = "eager, kept memory"
+
+
+def observed(row: Row, peer: str) -> tuple[float, float] | None:
+    """(logarithm of the ratio to a peer, its noise by the rounds); None where there is no such ratio."""
+    found = row.get("memory", {}).get("eager_kept", {}) if peer == KEPT else row.get("peers", {}).get(peer, {})
+    ours = found.get("ours") if peer == KEPT else row.get("ours")
+    if ours is None or "ratio" not in found:
+        return None
+    # The interval holds 95 %, which is 1.96 standard deviations on each side.
+    noise = math.log(found["ratio"]["high"] / found["ratio"]["low"]) / (2 * 1.96)
+    return math.log(found["q1"] / ours["q1"]), max(noise, LEAST_NOISE)
+
+
+def median_noise(count: int) -> float:
+    """The noise of the median of `count` values, in that of one of them; for normal ones exact to 2 %."""
+    return math.sqrt(math.pi / 2 / (count + math.pi / 2 - 1))
+
+
+# -- what the baseline says --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Series:
+    """A logarithm of a ratio over the baseline's runs, and its noise by the rounds of a run."""
+
+    values: tuple[float, ...]
+    rounds: float
+
+    @property
+    def variance(self) -> float:
+        return max(statistics.variance(self.values), LEAST_NOISE**2)
+
+
+def series(row: Row) -> dict[str, Series]:
+    """Those of a baseline's row, by peer."""
+    return {
+        peer: Series(tuple(map(math.log, runs["ratio"])), statistics.median(runs["noise"]))
+        for peer, runs in row["runs"].items()
+    }
+
+
+def noises(found: Sequence[Series]) -> list[float]:
+    """The noise of one measurement of each, between runs."""
+    if not found:
+        return []
+    free = len(found[0].values) - 1
+    # The median of a variance from few values is below its mean; this is the ratio, to 1 %, by Wilson and Hilferty.
+    common = statistics.median(s.variance / s.rounds**2 for s in found) / (1 - 2 / (9 * free)) ** 3
+    return [math.sqrt((free * s.variance + COMMON_RUNS * common * s.rounds**2) / (free + COMMON_RUNS)) for s in found]
+
+
+@dataclass
+class Check:
+    """A row, or all rows of a subject, and what came out.
+
+    peers: the yardstick of each row by id. weights: what each row counts, 1 in all. then: the logarithm of the ratio over the
+    baseline's runs. noise: of one measurement. allowed: how far it may fall. noticed: the slow-down that is noticed
+    with `POWER`. first: the first look now; again: one value for each pass. lost: a row could not be measured again.
+    """
+
+    name: str
+    peers: dict[str, str]
+    weights: dict[str, float]
+    then: Series
+    noise: float
+    allowed: float = math.inf
+    noticed: float = math.inf
+    first: float = math.nan
+    again: list[float] = field(default_factory=list)
+    lost: bool = False
+
+    @property
+    def centre(self) -> float:
+        return statistics.median(self.then.values)
+
+    def allow(self, checks: int, worse: float) -> None:
+        """Set what is allowed where so many checks share `FALSE_ALARMS`, and noise is `worse` times the baseline's."""
+        self.noise *= worse
+        passes = math.sqrt(LASTING + (1 - LASTING) * median_noise(PASSES) ** 2)
+        noise = self.noise * math.hypot(median_noise(len(self.then.values)), passes)
+        self.allowed = max(LEAST_ALLOWED, NORMAL.inv_cdf(1 - FALSE_ALARMS / checks) * noise)
+        self.noticed = max(NOTICED, self.allowed + NORMAL.inv_cdf(POWER) * noise)
+
+    def value(self, rows: Mapping[str, Row]) -> float | None:
+        """The check's logarithm of a ratio in one run; None where a row of it is missing."""
+        found = {name: observed(rows[name], peer) for name, peer in self.peers.items() if name in rows}
+        if len(found) < len(self.peers) or None in found.values():
+            return None
+        return sum(weight * found[name][0] for name, weight in self.weights.items())
+
+    @property
+    def suspect(self) -> bool:
+        """Whether the first look asks for another: low by what is allowed, or by less where it is as noisy as that."""
+        doubt = 1.96 * self.noise * math.hypot(1, median_noise(len(self.then.values)))
+        return self.first - self.centre < -min(self.allowed, self.noticed - doubt)
+
+    @property
+    def low(self) -> int:
+        """How many passes are lower than is allowed."""
+        return sum(value - self.centre < -self.allowed for value in self.again)
+
+    @property
+    def slower(self) -> bool:
+        return self.suspect and (self.lost or self.low > PASSES // 2)
+
+    @property
+    def settled(self) -> bool:
+        """Whether no further pass can change the verdict."""
+        return not self.suspect or self.slower or len(self.again) - self.low > PASSES // 2
+
+    @property
+    def now(self) -> float:
+        """The median of the passes, or the first look where there are none."""
+        return statistics.median(self.again) if self.again else self.first
+
+    @property
+    def verdict(self) -> str:
+        """For the table; a check that is too noisy for `NOTICED` says what it notices."""
+        if self.slower:
+            return "LOST: not measured again" if self.lost else f"SLOWER in {self.low} of {len(self.again)} passes"
+        words = ["faster" if self.now - self.centre > self.allowed else "ok"]
+        if self.again:
+            words.append(f"{self.low} of {len(self.again)} passes low")
+        if self.noticed > NOTICED:
+            words.append(f"notices {math.expm1(self.noticed):.0%} and more")
+        return ", ".join(words)
+
+
+def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
+    """Every row of the baseline that is measured now, then every subject with several rows, all of them measured now.
+
+    Allowances count all rows of the baseline, so that a selection of rows is judged as they are in a whole run.
+    """
+    every = {(name, peer): s for name, row in then.items() for peer, s in series(row).items()}
+    noise = dict(zip(every, noises(list(every.values()))))
+    rows: dict[str, Check] = {}
+    for name in then:
+        found = [pair for pair in every if pair[0] == name]
+        present = [pair for pair in found if name in now and observed(now[name], pair[1])]
+        if found:
+            best = min(present or found, key=noise.get)
+            rows[name] = Check(name, {name: best[1]}, {name: 1.0}, every[best], noise[best])
+    subjects: dict[str, list[Check]] = {}
+    for name, check in rows.items():
+        subjects.setdefault(then[name]["subject"], []).append(check)
+    groups = [_together(subject, some) for subject, some in subjects.items() if len(some) > 1]
+    for group, value in zip(groups, noises([group.then for group in groups])):
+        group.noise = value
+    result = [*rows.values(), *groups]
+    count, worse = len(result), _worse(rows, now)
+    for check in result:
+        check.allow(count, worse)
+        value = check.value(now)
+        check.first = math.nan if value is None else value
+    return [check for check in result if not math.isnan(check.first)]
+
+
+def _together(subject: str, some: Sequence[Check]) -> Check:
+    # The less noise a row has the more it counts.
+    raw = {check.name: check.noise**-2 for check in some}
+    weights = {name: value / sum(raw.values()) for name, value in raw.items()}
+    values = [sum(weights[c.name] * c.then.values[i] for c in some) for i in range(len(some[0].then.values))]
+    rounds = math.hypot(*(weights[c.name] * c.then.rounds for c in some))
+    peers = {name: peer for check in some for name, peer in check.peers.items()}
+    return Check(f"{subject}, its {len(some)} rows", peers, weights, Series(tuple(values), rounds), math.nan)
+
+
+def _worse(rows: Mapping[str, Check], now: Mapping[str, Row]) -> float:
+    # How much noisier rounds are in this run than in the baseline's, and with them all else.
+    found = [observed(now[name], check.peers[name]) for name, check in rows.items() if name in now]
+    then = [check.then.rounds for name, check in rows.items() if name in now]
+    return max(1.0, statistics.median([o[1] / t for o, t in zip(found, then) if o] or [1.0]))
+
+
+# -- what this run says ------------------------------------------------------------------------------------------------
+
+
+def judge(found: Iterable[Check], again: Again) -> list[Check]:
+    """Measure again what looks slower until every verdict is settled."""
+    found = list(found)
+    while waiting := [check for check in found if not check.settled]:
+        rows = again({name: peer for check in waiting for name, peer in check.peers.items()})
+        for check in waiting:
+            value = check.value(rows)
+            if value is None:
+                check.lost = True
+            else:
+                check.again.append(value)
+    return found
+
+
+@dataclass(frozen=True)
+class Report:
+    """What to print, and whether the run fails."""
+
+    text: str
+    failed: bool
+
+
+def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
+    """Judge a run against the baseline of its device class; whatever stands in the way is a line of the report."""
+    kinds = sorted({(row["preset"], row["dtype"]) for row in now.rows.values() if "preset" in row})
+    if not kinds:
+        return Report("gate: FAILED, nothing was measured", True)
+    lines, failed = files.warnings(now), False
+    for preset, dtype in kinds:
+        path = files.baseline_path(now.machine, preset, dtype, folder)
+        rows = {name: row for name, row in now.rows.items() if (row.get("preset"), row.get("dtype")) == (preset, dtype)}
+        try:
+            then = baseline(path, now)
+        except files.Unusable as problem:
+            lines.append(f"FAILED, {problem}")
+            failed = True
+            continue
+        comparable, notes = _comparable(then, rows)
+        broken = [f"FAILED, {name}: {rows[name]['error']}" for name in then.rows if "error" in rows.get(name, {})]
+        found = judge(checks({name: then.rows[name] for name in gated(then)}, comparable), again)
+        lines += [*files.warnings(then), *files.differences(then, now), *notes, *broken, table(found) if found else ""]
+        slower = [check.name for check in found if check.slower]
+        failed = failed or bool(slower or broken or not found)
+        if slower:
+            lines.append(f"FAILED, slower than allowed: {'; '.join(slower)}")
+        else:
+            lines.append(f"{len(found)} checks, none slower" if found else "FAILED, no row can be compared")
+    return Report("\n".join(f"gate: {line}" if "\n" not in line else line for line in lines if line), failed)
+
+
+def baseline(path: Path, now: Results) -> Results:
+    """The baseline in a file.
+
+    Raises:
+        Unusable: there is none, it is not the result of `python -m bench baseline`, or it is of another contract or class.
+    """
+    if not path.exists():
+        preset, _, dtype = path.stem.rpartition("-")
+        make = f"python -m bench baseline --preset {preset} --dtype {dtype}"
+        raise files.Unusable(f"no baseline for {path.parent.name}, {path.stem}: `{make}` makes one")
+    then = files.load(path)
+    if any("runs" not in row for row in files.measured(then).values()) or not then.rows:
+        raise files.Unusable(f"{path}: not made by `python -m bench baseline`, so nothing is known of its noise")
+    if not files.same_contract(then, now):
+        old, new = then.machine.get("contract_version"), now.machine.get("contract_version")
+        raise files.Unusable(f"{path}: timing contract {old}, and this run's is {new}: make it again")
+    if then.device_class != now.device_class:
+        raise files.Unusable(f"{path}: measured on {then.device_class}, and this is {now.device_class}")
+    return then
+
+
+def gated(then: Results) -> list[str]:
+    """The rows of a baseline that have a kernel of ours: the reference against itself cannot get slower."""
+    return [name for name, row in files.measured(then).items() if row["backend"] != "reference"]
+
+
+def _comparable(then: Results, rows: Mapping[str, Row]) -> tuple[dict[str, Row], list[str]]:
+    # The rows that can be compared, and a line for what cannot.
+    notes = []
+    missing = [name for name in gated(then) if name not in rows]
+    new = [name for name, row in rows.items() if name not in then.rows and "ours" in row]
+    other = [
+        name for name in gated(then) if "ours" in rows.get(name, {}) and rows[name]["sizes"] != then.rows[name]["sizes"]
+    ]
+    for names, words in (
+        (missing, "in the baseline and not in this run"),
+        (new, "new: not in the baseline"),
+        (other, "of other sizes than the baseline's, not compared"),
+    ):
+        if names:
+            notes.append(f"{len(names)} rows {words}: {', '.join(names[:4])}{', ...' if len(names) > 4 else ''}")
+    same = {}
+    for name in gated(then):
+        row, old = rows.get(name, {}), then.rows[name]
+        if "ours" not in row or name in other:
+            continue
+        if not any(observed(row, peer) for peer in old["runs"]):
+            notes.append(f"{name}: no peer of the baseline in this run ({', '.join(old['runs'])}), not compared")
+        else:
+            same[name] = row
+            if row["backend"] != old["backend"]:
+                notes.append(f"{name}: backend {row['backend']} now, {old['backend']} then")
+    return same, notes
+
+
+def table(found: Sequence[Check]) -> str:
+    """A line for each check, the lowest change first."""
+    header = ("row", "peer", "ratio then", "now", "change", "allowed", "verdict")
+    cells = [header]
+    for check in sorted(found, key=lambda check: (not check.slower, check.now - check.centre)):
+        peers = sorted(set(check.peers.values()))
+        change, allowed = math.expm1(check.now - check.centre), math.expm1(-check.allowed)
+        cells.append(
+            (
+                check.name,
+                peers[0] if len(peers) == 1 else "each row's own",
+                f"{math.exp(check.centre):.3g}",
+                f"{math.exp(check.now):.3g}",
+                f"{change:+.1%}",
+                f"{allowed:+.1%}",
+                check.verdict,
+            )
+        )
+    return files.align(cells)

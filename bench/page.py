@@ -1,0 +1,436 @@
+"""`python -m bench page`: docs/results.md and its pictures from the committed files in bench/results/, and from nothing else.
+
+The same files give the same page, byte for byte, and the same pictures with the same matplotlib. CPUs are quoted by
+ratios, since a time there says more about the machine's other work than about the code; times are for GPUs alone.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import files, table
+from bench.cases import DIRECTIONS
+from bench.files import Results
+from bench.presets import PRESETS
+from tiger_fast.ops import backends
+
+DOCS = files.ROOT / "docs"
+NOT_MEASURED = "not measured"
+# The presets that figures are stated for, and that have targets: (kind of device, preset, type).
+STATED = tuple((kind, name, PRESETS[name].dtype) for kind, name in (("CPU", "design"), ("GPU", "gpu")))
+Row = Mapping[str, Any]
+
+INTRODUCTION = """# Results
+
+Made by `python -m bench page` from the files in bench/results/; do not edit. [bench/README.md](../bench/README.md) says how
+each figure is measured. A ratio is a peer's time over ours in the same interleaved run, so more than 1 means that ours is
+faster; ± is the larger side of its 95 % interval, `?` marks rounds too few for one. `eager` is the reference backend in
+plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs this page has ratios
+and shares only: a time there says as much about the machine's other work as about the code."""
+
+COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
+where glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
+must move and compute, over our time; `limit` is the floor's share of our time, where the floor follows from copy bandwidth
+and matrix products measured in the same run, and what holds it; data that stays in the caches passes 100 %. `peak` is what a
+call takes beyond its arguments, and beside it eager's."""
+
+
+def render(found: Sequence[Results]) -> str:
+    """The page, in Markdown."""
+    parts = [INTRODUCTION, "## Where", _where(found), "## Targets", *_targets(found), "## CPU and GPU", _summary(found)]
+    for results in found:
+        parts += _file(results)
+    return "\n\n".join(parts) + "\n"
+
+
+def _kind(results: Results) -> tuple[str, str]:
+    row = next(iter(results.rows.values()))
+    return row["preset"], row["dtype"]
+
+
+def _gpu(results: Results) -> bool:
+    return not (results.device_class or "cpu").startswith("cpu")
+
+
+def _title(results: Results) -> str:
+    return " ".join([results.device_class or results.device, *_kind(results)])
+
+
+def _stem(results: Results) -> str:
+    return "-".join([results.device_class or "unknown", *_kind(results)])
+
+
+def _where(found: Sequence[Results]) -> str:
+    lines = []
+    for results in found:
+        facts, kind = results.machine, _kind(results)
+        revision = (facts.get("revision") or "unknown")[:12] + (" DIRTY" if facts.get("dirty") else "")
+        rows = files.measured(results).values()
+        runs = max((len(peer["ratio"]) for row in rows for peer in row.get("runs", {}).values()), default=1)
+        words = results.device_class, results.device, *kind, facts.get("threads"), facts.get("torch"), revision
+        lines.append([*(str(word) for word in words), str(facts.get("date", ""))[:10], str(runs)])
+    if not found:
+        return "No results are committed."
+    return _table(["class", "device", "preset", "type", "threads", "torch", "revision", "date", "runs"], lines)
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+def _stated(found: Sequence[Results], kind: str, preset: str, dtype: str) -> list[Results]:
+    return [r for r in found if _kind(r) == (preset, dtype) and _gpu(r) == (kind == "GPU")]
+
+
+def _targets(found: Sequence[Results]) -> list[str]:
+    parts = []
+    for kind, preset, dtype in STATED:
+        those = _stated(found, kind, preset, dtype)
+        lines = []
+        for (op, direction), wanted in table.TARGETS[preset].items():
+            reached = [_reached(r.rows.get(f"{op}/{direction}")) for r in those] or [{}]
+            for what, least in wanted.items():
+                cells = [_target(what, values.get(what, math.nan), least) for values in reached]
+                lines.append([op, direction, what.replace("/", " or "), _figure(what, least), *cells])
+        head = ["op", "direction", "against", "target", *([r.device_class for r in those] or [kind])]
+        parts += [f"{kind}, preset `{preset}`, {dtype}:", _table(head, lines)]
+    return parts
+
+
+def _reached(row: Row | None) -> dict[str, float]:
+    return {what: value for what, _, value in table.against_targets(row)} if row else {}
+
+
+def _target(what: str, value: float, least: float) -> str:
+    if math.isnan(value):
+        return NOT_MEASURED
+    return f"{_figure(what, value)} {'met' if value >= least else 'MISSED'}"
+
+
+def _figure(what: str, value: float) -> str:
+    return f"{value:.0%}" if what == "limit" else f"{value:.2f}"
+
+
+# -- tables ------------------------------------------------------------------------------------------------------------
+
+
+def _summary(found: Sequence[Results]) -> str:
+    # The presets that figures are stated for, beside each other.
+    sides = []
+    for kind, preset, dtype in STATED:
+        those = _stated(found, kind, preset, dtype)
+        sides += [(results.device_class, results.rows) for results in those] or [(kind, {})]
+    names = dict.fromkeys((op, direction) for op in backends.OPS for direction in DIRECTIONS)
+    head = ["op", "direction"]
+    for side, _ in sides:
+        head += [f"{side}: eager", f"{side}: fastest peer", f"{side}: limit"]
+    lines = []
+    for op, direction in names:
+        cells = [op, direction]
+        for _, rows in sides:
+            row = rows.get(f"{op}/{direction}", {})
+            fastest = row.get("fastest")
+            cells += [
+                _ratio(row, "eager") or NOT_MEASURED,
+                f"{_ratio(row, fastest)} {fastest}" if fastest else NOT_MEASURED,
+            ]
+            cells.append(_limit(row) or NOT_MEASURED)
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _file(results: Results) -> list[str]:
+    rows = list(results.rows.values())
+    suites = {suite: [row for row in rows if row["suite"] == suite] for suite in ("ops", "models", "scaling")}
+    parts = [f"## {_title(results)}"]
+    stem = _stem(results)
+    if suites["ops"]:
+        parts += [_sizes(suites["ops"]), COLUMNS, _rows(suites["ops"], results)]
+        parts += [f"![ratios to each peer, by op](results/{stem}-ratios.svg)"]
+        if any(row.get("limit") for row in suites["ops"]):
+            parts += [f"![operations a second over operations a byte](results/{stem}-roofline.svg)"]
+    steps = [row for row in suites["models"] if row["subject"] == "step"]
+    models = [row for row in suites["models"] if row["subject"] != "step"]
+    if models:
+        parts += ["### Router and head", _rows(models, results)]
+    if steps:
+        parts += ["### Training step, by the counterfactual loss's mode", _steps(steps, results)]
+    if suites["scaling"]:
+        parts += ["### How cost grows", _scaling(suites["scaling"]), f"![cost by size](results/{stem}-scaling.svg)"]
+    if lines := _absent(rows):
+        parts += ["### What is missing", "\n".join(f"- {line}" for line in lines)]
+    return parts
+
+
+def _sizes(rows: Sequence[Row]) -> str:
+    # Those that most ops have, then what differs.
+    texts = {row["subject"]: " ".join(f"{name}={value}" for name, value in row["sizes"].items()) for row in rows}
+    usual = max(dict.fromkeys(texts.values()), key=list(texts.values()).count)
+    others = [f"{op}: {text}" for op, text in texts.items() if text != usual]
+    return "; ".join([usual, *others])
+
+
+def _rows(rows: Sequence[Row], results: Results) -> str:
+    peers = dict.fromkeys(peer for row in rows for peer, found in row.get("peers", {}).items() if "ratio" in found)
+    memory = [name for name in ("eager_kept", "ours_emptied") if any(row.get("memory", {}).get(name) for row in rows)]
+    head = ["", "ours", *(["us"] if _gpu(results) else []), "spread", *peers]
+    head += [{"eager_kept": "kept", "ours_emptied": "emptied"}[name] for name in memory]
+    head += ["GB/s", "GFLOP/s", "limit", "peak, MB", "eager's"] + (["host, us"] if _gpu(results) else [])
+    lines = []
+    for row in rows:
+        cells = [f"{row['subject']} {row['direction']}", row["backend"]]
+        if "ours" not in row:
+            lines.append([*cells, row["error"], *[""] * (len(head) - 3)])
+            continue
+        ours, done = row["ours"], row.get("achieved") or {}
+        cells += [_micro(ours["median"])] if _gpu(results) else []
+        cells += [f"{(ours['q3'] - ours['q1']) / ours['median']:.0%}", *(_ratio(row, peer) for peer in peers)]
+        cells += [_interval(row["memory"][name]["ratio"]) if row["memory"].get(name) else "" for name in memory]
+        cells += [
+            _giga(done.get("bytes_per_second")),
+            _giga(done.get("operations_per_second")),
+            _limit(row),
+            _mega(row),
+            _mega(row["peers"].get("eager", {})),
+        ]
+        cells += [_micro(row.get("host_seconds"))] if _gpu(results) else []
+        lines.append(cells)
+    return _table(head, lines)
+
+
+def _steps(rows: Sequence[Row], results: Results) -> str:
+    # What a mode costs is a ratio of times in one file, so of one device.
+    plain = next((row["ours"]["median"] for row in rows if row["direction"] == "none" and "ours" in row), None)
+    peers = dict.fromkeys(peer for row in rows for peer, found in row.get("peers", {}).items() if "ratio" in found)
+    lines = []
+    for row in rows:
+        if "ours" not in row:
+            lines.append([row["direction"], row["error"], *[""] * (len(peers) + 2)])
+            continue
+        cost = f"{row['ours']['median'] / plain:.2f}" if plain else ""
+        lines.append(
+            [row["direction"], cost, *(_ratio(row, peer) for peer in peers), _mega(row), _mega(row["peers"]["eager"])]
+        )
+    return _table(["mode", "time, none = 1", *peers, "peak, MB", "eager's"], lines)
+
+
+def curves(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """The rows of each (subject, direction, size), by that size's value."""
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        for name in row["variant"]:
+            if "ours" in row:
+                found.setdefault((row["subject"], row["direction"], name), []).append(row)
+    return {key: sorted(some, key=lambda row: row["variant"][key[2]]) for key, some in found.items()}
+
+
+def _scaling(rows: Sequence[Row]) -> str:
+    lines = []
+    for (subject, direction, name), some in curves(rows).items():
+        first = some[0]["ours"]["median"]
+        values = ", ".join(str(row["variant"][name]) for row in some)
+        times = ", ".join(f"{row['ours']['median'] / first:.2f}" for row in some)
+        lines.append(
+            [f"{subject} {direction}", f"{name} = {values}", times, ", ".join(_ratio(row, "eager") for row in some)]
+        )
+    return _table(["", "sizes", "our time, the first = 1", "eager"], lines)
+
+
+def _absent(rows: Sequence[Row]) -> list[str]:
+    lines: dict[str, list[str]] = {}
+    for row in rows:
+        for peer, found in row.get("peers", {}).items():
+            for kind in ("missing", "refused"):
+                if kind in found:
+                    lines.setdefault(f"{peer}: {found[kind]}", []).append(row["id"])
+        if row.get("error"):
+            lines.setdefault(row["error"], []).append(row["id"])
+    return [f"{line} ({', '.join(ids)})" for line, ids in lines.items()]
+
+
+def _ratio_of(row: Row, peer: str | None) -> Mapping[str, Any] | None:
+    return row.get("peers", {}).get(peer, {}).get("ratio")
+
+
+def _ratio(row: Row, peer: str | None) -> str:
+    found = _ratio_of(row, peer)
+    return _interval(found) if found else ""
+
+
+def _interval(ratio: Mapping[str, Any]) -> str:
+    noise = max(ratio["high"] / ratio["value"] - 1, 1 - ratio["low"] / ratio["value"])
+    return f"{ratio['value']:.2f} ±{noise:.0%}" + ("" if ratio["certain"] else "?")
+
+
+def _limit(row: Row) -> str:
+    limit = row.get("limit") or {}
+    if not limit or "ours" not in row:
+        return ""
+    return "too small" if limit["share"] is None else f"{limit['share']:.0%} ({limit['held_by']})"
+
+
+def _giga(value: float | None) -> str:
+    return "" if value is None else f"{value / 1e9:.3g}"
+
+
+def _micro(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.4g}"
+
+
+def _mega(found: Mapping[str, Any]) -> str:
+    return "" if found.get("peak_bytes") is None else f"{found['peak_bytes'] / 1e6:.3g}"
+
+
+def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def pictures(found: Sequence[Results]) -> dict[str, Callable[[Any], None]]:
+    """What draws each picture of the page into a matplotlib figure, by file name."""
+    drawn: dict[str, Callable[[Any], None]] = {}
+    for results in found:
+        stem, rows = _stem(results), list(files.measured(results).values())
+        ops = [row for row in rows if row["suite"] == "ops"]
+        lines = curves(row for row in rows if row["suite"] == "scaling")
+        limited = [row for row in ops if row.get("limit")]
+        for name, draw, what in (
+            ("ratios", draw_ratios, ops),
+            ("roofline", draw_roofline, limited),
+            ("scaling", draw_scaling, lines),
+        ):
+            if what:
+                drawn[f"{stem}-{name}.svg"] = lambda figure, draw=draw, what=what: draw(figure, what)
+    return drawn
+
+
+def draw_ratios(figure: Any, rows: Sequence[Row]) -> None:
+    """A bar for each peer of each op, with its interval; to the right of 1 ours is faster."""
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"] if _ratio_of(row, peer)))
+    figure.set_size_inches(8, 0.4 * len(rows) + 1)
+    axes = figure.add_subplot()
+    height = 0.8 / max(len(peers), 1)
+    for i, peer in enumerate(peers):
+        places = [(n, _ratio_of(row, peer)) for n, row in enumerate(rows) if _ratio_of(row, peer)]
+        values = [ratio["value"] for _, ratio in places]
+        sides = [[r["value"] - r["low"] for _, r in places], [r["high"] - r["value"] for _, r in places]]
+        heights = [n + i * height for n, _ in places]
+        axes.barh(heights, values, height, xerr=sides, label=peer, error_kw={"elinewidth": 0.8})
+    axes.set_yticks([n + 0.4 - height / 2 for n in range(len(rows))])
+    axes.set_yticklabels([f"{row['subject']} {row['direction']}" for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    _powers_of_two(axes.set_xscale, axes.xaxis)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("the peer's time over ours")
+    axes.legend(fontsize=7)
+
+
+def draw_roofline(figure: Any, rows: Sequence[Row]) -> None:
+    """Each op's rate over its operations a byte, under the two limits that were measured beside it (the best of the rows')."""
+    figure.set_size_inches(8, 5)
+    axes = figure.add_subplot()
+    bandwidth = max(row["limit"]["copy_bandwidth"] for row in rows)
+    rate = max(row["limit"]["product_rate"] for row in rows)
+    places = [
+        (row["cost"]["operations"] / row["cost"]["bytes"], row["achieved"]["operations_per_second"]) for row in rows
+    ]
+    ends = min(x for x, _ in places) / 2, max(*(x for x, _ in places), rate / bandwidth) * 2
+    steps = [ends[0] * (ends[1] / ends[0]) ** (i / 100) for i in range(101)]
+    axes.plot(steps, [min(x * bandwidth, rate) / 1e9 for x in steps], color="black", linewidth=1)
+    for n, (row, (x, y)) in enumerate(zip(rows, places)):
+        name = f"{n + 1} {row['subject']} {row['direction']}"
+        axes.plot([x], [y / 1e9], "o", color=f"C{n // 2 % 10}", fillstyle="full" if n % 2 else "none", label=name)
+        axes.annotate(str(n + 1), (x, y / 1e9), fontsize=6, xytext=(3, 3), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter("{x:g}")
+    axes.set_xlabel("operations a byte")
+    axes.set_ylabel("GFLOP/s")
+    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
+def draw_scaling(figure: Any, lines: Mapping[tuple[str, str, str], Sequence[Row]]) -> None:
+    """For each size that grows: ours and the peers, relative to our time at the smallest."""
+    columns = 3
+    below = math.ceil(len(lines) / columns)
+    figure.set_size_inches(10, 2.6 * below)
+    for n, ((subject, direction, name), rows) in enumerate(lines.items()):
+        axes = figure.add_subplot(below, columns, n + 1)
+        first = rows[0]["ours"]["median"]
+        peers = dict.fromkeys(peer for row in rows for peer in row["peers"] if _ratio_of(row, peer))
+        for who in ("ours", *peers):
+            found = [
+                (row["variant"][name], row["ours"] if who == "ours" else row["peers"].get(who, {})) for row in rows
+            ]
+            found = [(value, t["median"] / first) for value, t in found if "median" in t]
+            axes.plot(*zip(*found), "o-", markersize=3, linewidth=1, label=who)
+        _powers_of_two(axes.set_xscale, axes.xaxis)
+        axes.set_xticks([row["variant"][name] for row in rows])
+        _powers_of_two(axes.set_yscale, axes.yaxis)
+        axes.set_title(f"{subject} {direction}", fontsize=7)
+        axes.set_xlabel(name, fontsize=7)
+        axes.tick_params(labelsize=6)
+        if n == 0:
+            axes.legend(fontsize=6)
+
+
+def _powers_of_two(scale: Callable[..., None], axis: Any) -> None:
+    # A ratio of 3 or 20 lies between two of them; a logarithmic axis's own labels are powers of ten.
+    scale("log", base=2)
+    axis.set_major_formatter("{x:g}")
+
+
+def save(drawn: Mapping[str, Callable[[Any], None]], folder: Path) -> None:
+    """Write the pictures, and take away those of files that are gone."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in folder.glob("*.svg"):
+        if path.name not in drawn:
+            path.unlink()
+    # Neither a date nor random ids; text as text, so that it is not drawn by whatever fonts are installed.
+    with matplotlib.rc_context({"svg.hashsalt": "tiger_fast", "svg.fonttype": "none"}):
+        for name, draw in drawn.items():
+            figure = Figure(layout="tight")
+            draw(figure)
+            figure.savefig(folder / name, metadata={"Date": None, "Creator": None})
+
+
+def read(folder: Path) -> tuple[list[Results], list[str]]:
+    """The committed files by class and preset, and a line for each that is of no use."""
+    found, problems = [], []
+    for path in sorted(folder.glob("*/*.json")):
+        try:
+            results = files.load(path)
+            if not results.rows:
+                raise files.Unusable(f"{path}: no rows of bench in it")
+            found.append(results)
+        except files.Unusable as problem:
+            problems.append(str(problem))
+    return found, problems
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m bench page", description=__doc__)
+    parser.add_argument("--results", type=Path, default=files.RESULTS, help="folder (default: bench/results)")
+    parser.add_argument("--out", type=Path, default=DOCS, help="folder (default: docs)")
+    options = parser.parse_args(arguments)
+    found, problems = read(options.results)
+    for line in [*problems, *(line for results in found for line in files.warnings(results))]:
+        print(line, file=sys.stderr)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "results.md").write_text(render(found))
+    save(pictures(found), options.out / "results")
+    print(f"wrote {options.out / 'results.md'} from {len(found)} files")
+    return int(bool(problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,524 @@
+"""The gate's statistic on machines whose noise is known, baselines, and what a file can be wrong in: nothing here is timed."""
+
+import itertools
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
+
+from bench_results import IDS, SIZES, SUBJECTS, Machine, document, results, row
+
+from bench import again, baseline, calibrate, compare, files, gate, slowed, timing
+
+CLASS = "cpu-x86_64-2c"
+
+
+def baseline_of(machine: Machine, runs: int = 7, **keywords) -> files.Results:
+    return results(baseline.merge([results(machine.document(**keywords)) for _ in range(runs)])[0], "baseline.json")
+
+
+def judged(then: files.Results, machine: Machine) -> list[gate.Check]:
+    now = results(machine.document())
+    return gate.judge(gate.checks(then.rows, now.rows), machine.again)
+
+
+def slower(found: list[gate.Check]) -> list[str]:
+    return [check.name for check in found if check.slower]
+
+
+# -- the two rates -----------------------------------------------------------------------------------------------------
+
+# Rounds of 3 % noise and more, one in ten hit by a burst, and ratios that drift by 1 or 2 % from run to run.
+NOISE = [{"noise": 0.03, "drift": 0.01}, {"noise": 0.05, "drift": 0.02}]
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=str)
+def test_unchanged_runs_raise_an_alarm_in_one_of_twenty_at_most(noise):
+    alarms = []
+    for draw in range(6):
+        then = baseline_of(Machine(draw, **noise))
+        for run in range(20):
+            alarms.append(slower(judged(then, Machine(1000 + 20 * draw + run, **noise))))
+    assert sum(map(bool, alarms)) <= len(alarms) / 20, alarms
+
+
+@pytest.mark.parametrize("noise", NOISE, ids=str)
+def test_kernel_slowed_by_a_tenth_is_caught_in_nine_of_ten_runs(noise):
+    caught = []
+    for draw in range(12):
+        then = baseline_of(Machine(draw, **noise))
+        for run, subject in enumerate(SUBJECTS):
+            found = slower(judged(then, Machine(2000 + run, slow={subject: 1.1}, **noise)))
+            caught.append(any(name.startswith((f"{subject}/", f"{subject},")) for name in found))
+    assert sum(caught) >= 0.9 * len(caught), f"{sum(caught)} of {len(caught)}"
+
+
+def test_what_a_noisy_check_says_it_notices_it_notices():
+    noise = {"noise": 0.1, "drift": 0.03, "bursts": 0.3}
+    then = baseline_of(Machine(0, **noise))
+    said = {check.name: check.noticed for check in judged(then, Machine(1, **noise))}
+    group = next(name for name in said if name.startswith("adapter,"))
+    assert said[group] > gate.NOTICED and said["adapter/forward"] > said[group]
+    caught = 0
+    for run in range(20):
+        found = judged(then, Machine(100 + run, slow={"adapter": math.exp(said[group])}, **noise))
+        caught += group in slower(found)
+    assert caught >= 18
+
+
+def test_verdict_of_a_noisy_check_says_what_it_notices():
+    then = baseline_of(Machine(0, noise=0.2))
+    text = gate.table(judged(then, Machine(1, noise=0.2)))
+    assert "% and more" in text
+
+
+# -- how a run is judged -----------------------------------------------------------------------------------------------
+
+
+def test_first_look_that_was_a_burst_is_no_alarm_and_a_slow_kernel_stays_slow():
+    then = baseline_of(Machine(0))
+    now = results(Machine(1, slow={"route": 1.5}).document())
+    healthy, slow = Machine(2), Machine(2, slow={"route": 1.5})
+    for machine in (healthy, slow):
+        machine.document(())
+    found = gate.judge(gate.checks(then.rows, now.rows), healthy.again)
+    assert not slower(found) and any(check.again for check in found)
+    found = gate.judge(gate.checks(then.rows, now.rows), slow.again)
+    assert {name.split(",")[0].split("/")[0] for name in slower(found)} == {"route"} and len(slower(found)) >= 6
+
+
+def test_only_what_looks_slower_is_measured_again_and_no_longer_than_it_takes():
+    then, machine = baseline_of(Machine(0)), Machine(1, slow={"route": 1.5})
+    now, asked = results(machine.document()), []
+
+    def measure(names):
+        asked.append(set(names))
+        return machine.again(names)
+
+    found = gate.judge(gate.checks(then.rows, now.rows), measure)
+    suspects = {name for check in found if check.suspect for name in check.peers}
+    assert asked[0] == suspects and set(IDS[:6]) <= suspects and len(suspects) < len(IDS) / 2
+    assert len(asked) == gate.PASSES // 2 + 1 == max(len(check.again) for check in found)
+
+
+def test_row_that_cannot_be_measured_again_fails():
+    then = baseline_of(Machine(0))
+    now = results(Machine(1, slow={"route": 1.5}).document())
+    found = gate.judge(gate.checks(then.rows, now.rows), lambda names: {})
+    lost = [check for check in found if check.slower]
+    assert lost and all("not measured again" in check.verdict for check in lost)
+
+
+def test_faster_rows_are_said_to_be():
+    then = baseline_of(Machine(0))
+    found = judged(then, Machine(1, slow={"route": 0.5}))
+    assert not slower(found)
+    assert all("faster" in check.verdict for check in found if check.name.startswith(("route/", "route,")))
+
+
+def timings(ours: float, **peers: float) -> dict[str, timing.Timing]:
+    spread = (0.99, 1.0, 1.0, 1.0, 1.0, 1.0, 1.01)
+    return {name: timing.Timing(tuple(t * s for s in spread), 1) for name, t in {"ours": ours, **peers}.items()}
+
+
+def test_yardstick_is_the_peer_whose_ratio_was_steadiest_over_the_runs():
+    runs = []
+    for eager in (5.0, 6.0, 4.0, 7.0, 5.5):
+        runs.append(results(document([row(name, timings(1.0, eager=eager, compile=3.0)) for name in IDS[:8]])))
+    then = baseline.merge(runs)[0]
+    checks = gate.checks(results(then).rows, runs[0].rows)
+    assert {peer for check in checks for peer in check.peers.values()} == {"compile"}
+    # Where the steadiest is missing now, the next one serves.
+    without = {name: row(name, timings(1.0, eager=5.0)) for name in IDS[:8]}
+    assert {peer for check in gate.checks(results(then).rows, without) for peer in check.peers.values()} == {"eager"}
+
+
+def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
+    runs = []
+    for eager in (5.0, 6.0, 4.0, 7.0, 5.5):
+        found = row(IDS[0], timings(1.0, eager=eager))
+        kept = row(IDS[0], timings(2.0, eager=5.0))
+        found["memory"] = {"eager_kept": {**kept["peers"]["eager"], "ours": kept["ours"]}}
+        runs.append(results(document([found])))
+    then = results(baseline.merge(runs)[0])
+    (check,) = gate.checks(then.rows, runs[0].rows)
+    assert check.peers == {IDS[0]: gate.KEPT} and check.first == check.centre == pytest.approx(math.log(2.5))
+    # On a system without it, eager serves.
+    (check,) = gate.checks(then.rows, {IDS[0]: row(IDS[0], timings(1.0, eager=5.0))})
+    assert check.peers == {IDS[0]: "eager"}
+
+
+def test_noisier_rounds_than_the_baselines_allow_more():
+    then = baseline_of(Machine(0, noise=0.02))
+    calm, rough = (gate.checks(then.rows, results(Machine(1, noise=n).document()).rows) for n in (0.02, 0.08))
+    assert all(r.allowed > 2 * c.allowed for c, r in zip(calm, rough) if c.allowed > gate.LEAST_ALLOWED)
+
+
+def test_selection_of_rows_is_allowed_what_they_are_in_a_whole_run():
+    then, machine = baseline_of(Machine(0)), Machine(1)
+    whole = {check.name: check.allowed for check in gate.checks(then.rows, results(machine.document()).rows)}
+    some = gate.checks(then.rows, results(Machine(1).document(IDS[:7])).rows)
+    # All six rows of a subject are one check more; the single row of the next subject is not that subject's mean.
+    assert [check.name for check in some] == [*IDS[:7], "route, its 6 rows"]
+    assert all(check.allowed == pytest.approx(whole[check.name], rel=0.7) for check in some)
+
+
+def test_median_noise_is_that_of_normal_values():
+    # From tables of order statistics of a normal distribution.
+    for count, exact in ((1, 1.0), (3, 0.6698), (5, 0.5356), (7, 0.4587), (9, 0.4076)):
+        assert gate.median_noise(count) == pytest.approx(exact, rel=0.02)
+
+
+# -- what the gate says of files ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def then() -> dict:
+    machine = Machine(0)
+    return baseline.merge([results(machine.document()) for _ in range(5)])[0]
+
+
+def said(folder: Path, document: dict, machine: Machine | None = None) -> gate.Report:
+    machine = machine or Machine(1)
+    machine.document(())
+    return gate.check(results(document), machine.again, folder)
+
+
+def changed(document: dict, **facts) -> dict:
+    return {**document, "machine_info": {**document["machine_info"], **facts}}
+
+
+def test_no_baseline_fails_and_says_how_to_make_one(tmp_path):
+    report = said(tmp_path, Machine(1).document())
+    assert report.failed and len(report.text.splitlines()) == 1
+    assert "no baseline for cpu-x86_64-2c" in report.text and "bench baseline --preset smoke" in report.text
+
+
+def test_healthy_run_passes_with_a_table(tmp_path, then):
+    baseline.write(then, tmp_path)
+    report = said(tmp_path, Machine(1).document())
+    assert not report.failed
+    head = next(line for line in report.text.splitlines() if line.startswith("row "))
+    assert head.split("  ")[0] == "row" and all(word in head for word in ("peer", "then", "now", "allowed", "verdict"))
+    assert all(name in report.text for name in IDS)
+
+
+def test_slow_kernel_fails_and_is_named_first(tmp_path, then):
+    baseline.write(then, tmp_path)
+    machine = Machine(1, slow={"adapter": 1.3})
+    report = said(tmp_path, machine.document(), machine)
+    lines = report.text.splitlines()
+    assert report.failed and "FAILED, slower than allowed: adapter" in lines[-1]
+    first = lines[next(i for i, line in enumerate(lines) if line.startswith("row ")) + 1]
+    assert first.startswith("adapter") and "SLOWER in 3 of 3 passes" in first
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "not JSON"),
+        ("[]", "not a result of pytest-benchmark"),
+        (json.dumps(document([])), "not made by `python -m bench baseline`"),
+        (json.dumps(Machine(1).document(IDS[:2])), "not made by `python -m bench baseline`"),
+    ],
+    ids=["broken", "other", "empty", "one-run"],
+)
+def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
+    path = tmp_path / CLASS / "smoke-float32.json"
+    path.parent.mkdir()
+    path.write_text(text)
+    report = said(tmp_path, Machine(1).document(IDS[:2]))
+    assert report.failed and len(report.text.splitlines()) == 1 and words in report.text and str(path) in report.text
+
+
+@pytest.mark.parametrize(
+    ("facts", "words", "fails"),
+    [
+        ({"contract_version": 0}, "timing contract 0, and this run's is 1", True),
+        ({"device": {"name": "B", "class": "cuda-sm_90"}}, "measured on cuda-sm_90", True),
+        ({"device": {"name": "B", "class": CLASS}}, "device differs, B then and A processor now", False),
+        ({"dirty": True}, "dirty tree", False),
+        ({"torch": "2.11.0"}, "torch differs, 2.11.0 then and 2.13.0+cpu now", False),
+    ],
+    ids=["contract", "class", "device", "dirty", "torch"],
+)
+def test_baseline_of_other_circumstances_is_a_line(tmp_path, then, facts, words, fails):
+    path = tmp_path / CLASS / "smoke-float32.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps(changed(then, **facts)))
+    report = said(tmp_path, Machine(1).document())
+    assert report.failed == fails and sum(words in line for line in report.text.splitlines()) == 1
+    assert ("row " in report.text) != fails  # what can be compared still is
+
+
+def test_rows_that_cannot_be_compared_are_a_line_each_and_the_rest_goes_on(tmp_path, then):
+    baseline.write(then, tmp_path)
+    now = Machine(1).document()
+    rows = [benchmark["extra_info"] for benchmark in now["benchmarks"]]
+    rows[0]["sizes"] = {**SIZES, "B": 3}
+    rows[1]["peers"] = {"sdpa": {"missing": "not installed"}}
+    rows[2]["backend"] = "reference"
+    rows.pop(3)
+    rows.append(row("new_op/forward", timings(1.0, eager=2.0)))
+    report = said(tmp_path, document(rows))
+    assert not report.failed
+    for words in (
+        f"1 rows of other sizes than the baseline's, not compared: {IDS[0]}",
+        f"{IDS[1]}: no peer of the baseline in this run (eager)",
+        f"{IDS[2]}: backend reference now, cpu then",
+        f"1 rows in the baseline and not in this run: {IDS[3]}",
+        "1 rows new: not in the baseline: new_op/forward",
+    ):
+        assert sum(words in line for line in report.text.splitlines()) == 1, words
+    assert all(name in report.text.partition("row ")[2] for name in IDS[4:])
+
+
+def test_run_of_which_nothing_can_be_compared_fails(tmp_path, then):
+    baseline.write(then, tmp_path)
+    rows = [
+        {**benchmark["extra_info"], "sizes": {**SIZES, "B": 3}} for benchmark in Machine(1).document()["benchmarks"]
+    ]
+    report = said(tmp_path, document(rows))
+    assert report.failed and report.text.splitlines()[-1] == "gate: FAILED, no row can be compared"
+    assert len(report.text.splitlines()) == 2
+
+
+def test_row_that_raises_now_fails(tmp_path, then):
+    baseline.write(then, tmp_path)
+    now = Machine(1).document(IDS[1:])
+    now["not_measured"] = [{"id": IDS[0], "preset": "smoke", "dtype": "float32", "error": "ours raised ValueError: no"}]
+    report = said(tmp_path, now)
+    assert report.failed and f"gate: FAILED, {IDS[0]}: ours raised ValueError: no" in report.text.splitlines()
+
+
+def test_reference_against_itself_is_not_gated(tmp_path):
+    machine, runs = Machine(0), []
+    for _ in range(3):
+        rows = [machine.row(name) if machine.document(()) else None for name in IDS[:6]]
+        rows[0]["backend"] = "reference"
+        runs.append(results(document(rows)))
+    assert gate.gated(results(baseline.merge(runs)[0])) == list(IDS[1:6])
+
+
+# -- baselines ---------------------------------------------------------------------------------------------------------
+
+
+def test_baseline_has_each_run_and_nothing_of_the_machines_owner(tmp_path, then):
+    (path,) = baseline.write(then, tmp_path)
+    assert path == tmp_path / CLASS / "smoke-float32.json"
+    found = files.load(path)
+    assert "node" not in found.machine and found.device == "A processor"
+    assert list(found.rows) == list(IDS)
+    for each in found.benchmarks.values():
+        runs, kept = each["extra_info"]["runs"]["eager"], each["extra_info"]["peers"]["eager"]
+        assert len(runs["ratio"]) == len(runs["noise"]) == 5 and "data" not in each["stats"]
+        # The row that is kept is the median run's.
+        assert sorted(runs["ratio"])[2] == pytest.approx(kept["q1"] / each["extra_info"]["ours"]["q1"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("facts", "words"),
+    [({"revision": "1" * 40}, "revision"), ({"threads": 1}, "threads"), ({"torch": "2.11.0"}, "torch")],
+    ids=["revision", "threads", "torch"],
+)
+def test_runs_that_differ_are_not_merged(facts, words):
+    machine = Machine(0)
+    runs = [machine.document(IDS[:2]) for _ in range(3)]
+    with pytest.raises(files.Unusable, match=rf"last.json: {words} .* not the runs of one baseline"):
+        baseline.merge([results(runs[0]), results(runs[1]), results(changed(runs[2], **facts), "last.json")])
+
+
+def test_two_runs_are_too_few():
+    with pytest.raises(files.Unusable, match="at least 3"):
+        baseline.merge([results(Machine(0).document(IDS[:2])) for _ in range(2)])
+
+
+def test_row_that_is_not_in_every_run_is_left_out_with_a_line():
+    machine = Machine(0)
+    runs = [results(machine.document(names)) for names in (IDS[:3], IDS[:3], IDS[:2])]
+    merged, notes = baseline.merge(runs)
+    assert list(results(merged).rows) == list(IDS[:2])
+    assert notes == [f"{IDS[2]}: measured at one size in 2 of 3 runs, left out"]
+
+
+def test_command_merges_files_and_refuses_what_it_cannot_read(tmp_path, capsys):
+    machine, paths = Machine(0), []
+    for i in range(3):
+        paths.append(tmp_path / f"{i}.json")
+        paths[-1].write_text(json.dumps(machine.document(IDS[:4])))
+    assert baseline.main(["--out", str(tmp_path / "out"), "--merge", *map(str, paths)]) == 0
+    assert list(files.load(tmp_path / "out" / CLASS / "smoke-float32.json").rows) == list(IDS[:4])
+    assert baseline.main(["--out", str(tmp_path), "--merge", str(tmp_path / "none.json")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none.json'}: No such file or directory\n"
+    for arguments, words in ((["--shape", "B=1"], "as it is"), (["--shape=B=1"], "as it is")):
+        assert baseline.main(arguments) == 1 and words in capsys.readouterr().err
+
+
+# -- slowed on purpose, and the calibration ----------------------------------------------------------------------------
+
+
+def test_slowed_call_takes_a_tenth_longer_and_returns_the_same():
+    now = itertools.count()
+    clock, begin = (lambda: next(now)), None
+
+    def call():
+        for _ in range(1000):
+            next(now)
+        return "result"
+
+    begin = next(now)
+    assert slowed.slow(call, 1.1, clock)() == "result"
+    assert next(now) - begin == pytest.approx(1100, abs=6)
+    assert slowed.slow(call, 1.0) is call
+
+
+def test_subject_to_slow_is_read_from_the_environment(monkeypatch):
+    monkeypatch.delenv(slowed.VARIABLE, raising=False)
+    assert slowed.factor("route") == 1
+    monkeypatch.setenv(slowed.VARIABLE, "route=1.10")
+    assert (slowed.factor("route"), slowed.factor("router")) == (1.1, 1)
+    for bad in ("route", "route=fast", "route=0.5", "route=nan"):
+        monkeypatch.setenv(slowed.VARIABLE, bad)
+        with pytest.raises(ValueError, match="wanted SUBJECT=FACTOR"):
+            slowed.factor("route")
+
+
+def test_calibration_counts_alarms_of_the_subject_that_was_slowed():
+    def ran(subject, *slower):
+        return {"subject": subject, "factor": 1.1, "slower": list(slower)}
+
+    text = calibrate.rates(
+        [ran(None), ran(None, "adapter/forward"), ran("route", "route/forward"), ran("route", "router/forward")]
+        + [ran("router", "router, its 4 rows")]
+    )
+    assert text.splitlines() == [
+        "unchanged: 1 false alarms in 2 runs",
+        "  adapter/forward",
+        "route slowed by 1.1: caught in 1 of 2 runs",
+        "router slowed by 1.1: caught in 1 of 1 runs",
+        "all of them: caught in 2 of 3 runs",
+    ]
+
+
+def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, then):
+    (path,) = baseline.write(then, tmp_path)
+    made = []
+
+    def run(options, subject, factor):
+        if len(made) == 5:
+            raise files.Unusable("gate: FAILED, something else")
+        made.append((options, subject))
+        return {
+            "slower": [f"{subject}/forward"] if subject else [],
+            "subject": subject,
+            "factor": factor,
+            "seconds": 90,
+        }
+
+    monkeypatch.setattr(calibrate, "run", run)
+    arguments = [str(path), "--runs", "2", "--each", "1", "--folder", str(tmp_path / "runs"), "--seconds", "1"]
+    assert calibrate.main(arguments) == 1 and "something else" in capsys.readouterr().err
+    wanted = [
+        "--preset",
+        "smoke",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--seconds",
+        "1",
+        "--baselines",
+        str(tmp_path),
+    ]
+    assert made[0] == (wanted, None)
+    made[:] = made[:0]
+    assert calibrate.main(arguments) == 0
+    assert [subject for _, subject in made] == list(SUBJECTS[3:])
+    text = capsys.readouterr().out
+    assert "all of them: caught in 8 of 8 runs" in text and "5 runs left, some 8 minutes" in text
+
+
+def test_process_that_fails_measures_nothing():
+    assert (
+        again.in_fresh_processes({"preset": "no such preset"})({"route/forward": "eager", "adapter/forward": gate.KEPT})
+        == {}
+    )
+
+
+# -- compare -----------------------------------------------------------------------------------------------------------
+
+
+def pair(tmp_path: Path, then: dict, now: dict) -> list[str]:
+    paths = []
+    for name, found in (("then.json", then), ("now.json", now)):
+        paths.append(tmp_path / name)
+        paths[-1].write_text(json.dumps(found))
+    return [str(path) for path in paths]
+
+
+def test_compare_sorts_by_change_and_marks_times_as_absolute(tmp_path, capsys):
+    old = [row(name, timings(1.0, eager=6.0, compile=3.0)) for name in IDS[:3]]
+    new = [row(name, timings(t, eager=6.0, compile=3.0)) for name, t in zip(IDS, (1.0, 1.2, 0.8))]
+    assert compare.main(pair(tmp_path, document(old), document(new))) == 0
+    text = capsys.readouterr().out
+    first, _, second = text.partition("ABSOLUTE times on A processor")
+    for part in (first, second):
+        names = [line.split()[0] for line in part.splitlines() if line.startswith("route/")]
+        assert names == [IDS[1], IDS[0], IDS[2]]
+    slow = next(line for line in first.splitlines() if line.startswith(IDS[1]))
+    assert "-16.7%" in slow and slow.endswith("slower")
+    assert next(line for line in first.splitlines() if line.startswith(f"{IDS[0]} ")).endswith("within noise")
+
+
+def test_compare_of_two_devices_warns_and_has_no_times(tmp_path, capsys):
+    rows = [row(name, timings(1.0, eager=6.0)) for name in IDS[:2]]
+    other = document(rows, device={"name": "B", "class": CLASS}, dirty=True)
+    assert compare.main(pair(tmp_path, document(rows), other)) == 0
+    text = capsys.readouterr().out
+    assert "device differs, A processor then and B now" in text and "dirty tree" in text
+    assert "ABSOLUTE" not in text and "times are not compared" in text and " ms" not in text
+
+
+def test_compare_names_what_it_leaves_out(tmp_path, capsys):
+    old = [row(name, timings(1.0, eager=6.0)) for name in IDS[:4]]
+    new = [row(IDS[0], timings(1.0, eager=6.0)), row(IDS[1], timings(1.0, eager=6.0), sizes={**SIZES, "B": 9})]
+    new += [row(IDS[2], timings(1.0, eager=6.0), dtype="bfloat16"), row(IDS[3], timings(1.0, sdpa=6.0))]
+    new += [row(IDS[4], timings(1.0, eager=6.0))]
+    assert compare.main(pair(tmp_path, document(old), document(new))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for line in (
+        f"{IDS[1]}: other sizes, not compared",
+        f"{IDS[2]}: float32 and bfloat16, not compared",
+        f"{IDS[3]}: no peer in common",
+        f"only now: {IDS[4]}",
+    ):
+        assert line in lines
+
+
+def test_compare_reads_pytest_benchmarks_own_files(tmp_path, capsys):
+    def plain(seconds):
+        stats = {"median": seconds, "q1": seconds * 0.9, "q3": seconds * 1.1, "mean": seconds}
+        benchmarks = [{"fullname": "t.py::test_it", "extra_info": {}, "stats": stats}]
+        return {"machine_info": {"cpu": {"brand_raw": "A processor"}}, "benchmarks": benchmarks}
+
+    assert compare.main(pair(tmp_path, plain(1.0), plain(2.0))) == 0
+    text = capsys.readouterr().out
+    assert "ABSOLUTE" in text and "-50.0%" in text and text.rstrip().endswith("slower")
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "words"),
+    [
+        (document([], contract_version=1), document([], contract_version=2), "timing contract 1"),
+        (document([row(IDS[0], timings(1.0))]), document([row(IDS[1], timings(1.0))]), "nothing in common"),
+    ],
+    ids=["contract", "nothing"],
+)
+def test_compare_refuses_in_one_line(tmp_path, capsys, then, now, words):
+    assert compare.main(pair(tmp_path, then, now)) == 1
+    error = capsys.readouterr().err
+    assert words in error and len(error.splitlines()) == 1

@@ -1,0 +1,166 @@
+"""The page of results: made of the committed files and of nothing else."""
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
+
+from bench_results import IDS, Machine, document, results, row
+
+from bench import baseline, files, page, timing
+from bench.presets import PRESETS
+
+DOCS = files.ROOT / "docs"
+
+
+def timings(ours: float, **peers: float) -> dict[str, timing.Timing]:
+    return {name: timing.Timing((t * 0.98, *[t] * 6, t * 1.02), 1) for name, t in {"ours": ours, **peers}.items()}
+
+
+def stated(preset: str, dtype: str, kind: str, **facts) -> files.Results:
+    """One file of a few rows, as `python -m bench` would have measured them."""
+    common = {"preset": preset, "dtype": dtype, "device": kind, "sizes": asdict(PRESETS[preset].sizes)}
+    kept = {"eager_kept": {"median": 2.0, "ratio": {"value": 2.5, "low": 2.4, "high": 2.6, "certain": True}}}
+    rows = [
+        row("route/forward", timings(1e-3, eager=5e-3, compile=2e-3), memory=kept, **common),
+        row("group_attention/forward", timings(1e-3, eager=12e-3, sdpa=9e-3, compile=7e-3), **common),
+        row("route/forward/T=8", timings(4e-3, eager=40e-3), **common),
+        row("route/forward/T=1", timings(1e-3, eager=2e-3), **common),
+        row("router/forward", timings(1e-3, eager=2e-3), cost=None, achieved=None, limit=None, **common),
+        row("step/none", timings(1.0, eager=2.0), cost=None, achieved=None, limit=None, **common),
+        row("step/decode", timings(1.5, eager=4.5), cost=None, achieved=None, limit=None, **common),
+    ]
+    rows[0]["peers"]["eager"]["peak_bytes"] = 7_000_000
+    rows[1]["peers"]["flash-attn"] = {"missing": "flash-attn is not installed"}
+    rows[1]["peers"]["xformers"] = {"refused": "raised RuntimeError: no such kernel"}
+    found = document(rows, **facts)
+    lost = {**row("adapter/forward", timings(1.0), **common), "error": "does not fit: eager takes 9.0 GB"}
+    del lost["ours"]
+    return results({**found, "not_measured": [lost]})
+
+
+@pytest.fixture(scope="module")
+def cpu() -> files.Results:
+    return stated("design", "float32", "cpu")
+
+
+@pytest.fixture(scope="module")
+def gpu() -> files.Results:
+    return stated("gpu", "bfloat16", "cuda", device={"name": "A GPU", "class": "cuda-sm_90"})
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n")[2].partition("\n## ")[0]
+
+
+def cells(text: str, *begin: str) -> list[str]:
+    """Of the first table row that begins with these."""
+    for line in text.splitlines():
+        found = [cell.strip() for cell in line.strip("|").split("|")]
+        if found[: len(begin)] == list(begin):
+            return found
+    raise AssertionError(f"no row {begin}")
+
+
+def test_committed_page_is_what_the_command_makes_of_the_committed_files():
+    found, problems = page.read(files.RESULTS)
+    assert not problems
+    assert (DOCS / "results.md").read_text() == page.render(found), "run: python -m bench page"
+    assert {path.name for path in (DOCS / "results").glob("*")} == set(page.pictures(found))
+
+
+def test_every_picture_that_is_shown_is_made_and_the_other_way_round(cpu, gpu):
+    shown = re.findall(r"\]\(results/(.*?)\)", page.render([cpu, gpu]))
+    assert len(shown) == 6 and sorted(shown) == sorted(page.pictures([cpu, gpu]))
+
+
+def test_targets_are_met_or_missed_and_the_gpus_not_measured(cpu):
+    text = section(page.render([cpu]), "Targets")
+    assert cells(text, "route", "forward", "eager")[3:] == ["4.50", "5.00 met"]
+    assert cells(text, "route", "forward", "compile")[3:] == ["2.40", "2.00 MISSED"]
+    assert cells(text, "group_attention", "forward", "eager or sdpa")[3:] == ["10.00", "9.00 MISSED"]
+    assert cells(text, "leave_one_out", "forward", "eager")[3:] == ["11.00", "not measured"]
+    second = text.partition("GPU")[2]
+    assert cells(second, "route", "forward", "limit")[3:] == ["60%", "not measured"]
+
+
+def test_gpu_columns_say_not_measured_until_a_gpus_file_is_there(cpu, gpu):
+    without, both = (section(page.render(found), "CPU and GPU") for found in ([cpu], [cpu, gpu]))
+    assert cells(without, "route", "forward")[5:] == ["not measured"] * 3
+    assert cells(both, "route", "forward")[5:] == ["5.00 ±0%", "2.00 ±0% compile", "5% (bytes)"]
+    assert cells(both, "adapter", "forward")[2:] == ["not measured"] * 6
+
+
+def test_page_without_any_result_says_so():
+    text = page.render([])
+    assert "No results are committed." in text and "not measured" in text and "met" not in section(text, "Targets")
+
+
+def test_times_are_for_gpus_alone(cpu, gpu):
+    text = page.render([cpu, gpu])
+    of_cpu, of_gpu = section(text, "cpu-x86_64-2c design float32"), section(text, "cuda-sm_90 gpu bfloat16")
+    assert " us |" not in of_cpu and " ms" not in of_cpu
+    head = cells(of_gpu, "", "ours")
+    assert cells(of_gpu, "route forward")[head.index("us")] == "1000"
+
+
+def test_steps_and_curves_are_relative_to_our_first(cpu):
+    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    assert cells(text, "decode") == ["decode", "1.50", "3.00 ±0%", "3", ""]
+    assert cells(text, "route forward", "T = 1, 8")[2:] == ["1.00, 4.00", "2.00 ±0%, 10.00 ±0%"]
+
+
+def test_memory_is_stated_beside_eagers_and_ratios_with_kept_memory(cpu):
+    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    head, found = cells(text, "", "ours"), cells(text, "route forward", "cpu")
+    assert [found[head.index(name)] for name in ("peak, MB", "eager's", "kept")] == ["3", "7", "2.50 ±4%"]
+
+
+def test_what_is_missing_is_named_with_its_rows(cpu):
+    text = page.render([cpu])
+    for line in (
+        "- flash-attn: flash-attn is not installed (group_attention/forward)",
+        "- xformers: raised RuntimeError: no such kernel (group_attention/forward)",
+        "- does not fit: eager takes 9.0 GB (adapter/forward)",
+    ):
+        assert line in text.splitlines()
+    assert cells(text, "adapter forward", "cpu")[2] == "does not fit: eager takes 9.0 GB"
+
+
+def test_dirty_file_is_marked():
+    found = stated("design", "float32", "cpu", dirty=True)
+    assert "DIRTY" in section(page.render([found]), "Where")
+
+
+def test_command_writes_the_same_twice_and_takes_old_pictures_away(tmp_path, capsys):
+    machine = Machine(0)
+    merged, _ = baseline.merge([results(machine.document(IDS[:8])) for _ in range(3)])
+    baseline.write(merged, tmp_path / "in")
+    broken = tmp_path / "in" / "cpu-x86_64-2c" / "broken.json"
+    broken.write_text("{")
+    old = tmp_path / "out" / "results" / "old.svg"
+    old.parent.mkdir(parents=True)
+    old.write_text("")
+    arguments = ["--results", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
+    made = []
+    for _ in range(2):
+        assert page.main(arguments) == 1  # one file is of no use, and the rest goes on
+        made.append({path.name: path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.is_file()})
+    assert made[0] == made[1] and not old.exists()
+    assert len(made[0]) == 4 and all(text.startswith("<?xml") for name, text in made[0].items() if name != "results.md")
+    errors = capsys.readouterr().err.splitlines()
+    assert len(errors) == 2 and all(line.startswith(f"{broken}: not JSON") for line in errors)
+    broken.unlink()
+    assert page.main(arguments) == 0
+
+
+def test_file_without_rows_is_a_line(tmp_path):
+    path = tmp_path / "cpu-x86_64-2c" / "plain.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
+    assert page.read(tmp_path) == ([], [f"{path}: no rows of bench in it"])
