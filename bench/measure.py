@@ -79,7 +79,11 @@ class Session:
             torch.compiler.reset()
             built = benchmark.build(settings)
             errors, refused = timing.check(
-                built.calls, reference="eager", tolerance=built.tolerance, difference=built.difference
+                built.calls,
+                reference="eager",
+                tolerance=built.tolerance,
+                difference=built.difference,
+                truth=built.truth,
             )
             if "ours" in refused:
                 return row | {"error": f"ours {refused['ours']}"}, None
