@@ -5,12 +5,14 @@ registers, and operations (a multiply-add is two) after the kernels' algebra. Re
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map
 
 from tiger_fast import functional
 from tiger_fast._examples import Sizes, arguments, with_gradients
@@ -25,7 +27,8 @@ SMALL = 4  # bytes of a routing weight, a difference, a confidence: float32 besi
 
 # Of ours and of each peer against the reference, relative to the largest value of each result. float32: sums of up to 65,536
 # tokens in another order (gradients of parameters) differ by a few 1e-5 between two correct implementations, and by some 1e-4
-# where a GPU's products round otherwise; a wrong term is 1e-2 and more. 16 bits: a few units in the last place of the result.
+# where a GPU's products round otherwise; a wrong term is 1e-2 and more. 16 bits, against the reference in float32 on the same
+# values: a few units in the last place of the result.
 TOLERANCE = 2e-4
 TOLERANCES = {
     ("cpu", "float32"): TOLERANCE,
@@ -105,8 +108,21 @@ class Case:
     def _cotangents_for(self, outputs: Sequence[Tensor]) -> list[Tensor]:
         if self._cotangents is None:
             draw = torch.Generator(self.device).manual_seed(1)
-            self._cotangents = [torch.randn(t.shape, generator=draw, device=self.device).to(t.dtype) for t in outputs]
+            drawn = [torch.randn(t.shape, generator=draw, device=self.device).to(self.dtype) for t in outputs]
+            self._cotangents = [value.to(t.dtype) for value, t in zip(drawn, outputs)]
         return self._cotangents
+
+    def exact(self, direction: str) -> Callable[[], Any]:
+        """A call of the reference on the same values in float32: what 16-bit results are compared with. Sums over tokens that
+        the reference makes in 16 bits (gradients of a norm's parameters on CPUs) are further from it than others' results."""
+
+        def call() -> Any:
+            twin = copy(self)
+            twin.arguments = tree_map(lambda t: t.float() if t.is_floating_point() else t, self.arguments)
+            twin._leaves = twin._cotangents = None
+            return twin.call(twin.function("reference"), direction)()
+
+        return call
 
     def tensor_bytes(self, direction: str) -> tuple[int, int]:
         """(bytes of the arguments, bytes of what a call returns), cotangents and gradients included."""

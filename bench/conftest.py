@@ -45,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[FACTS] = timing.provenance(settings.device)
     # Its table has times of ours only, and none of the peers'; --benchmark-verbose brings it back.
     config.option.benchmark_quiet = True
+    config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.*")  # torch's own, about itself
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,6 +74,8 @@ REPLAY = Replay()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # The most important first: a run that is stopped has those.
+    items.sort(key=lambda item: suites.SUITES.index(getattr(getattr(item, "module", None), "SUITE", suites.SUITES[-1])))
     for item in items:
         if "spec" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=REPLAY, group=item.module.SUITE))

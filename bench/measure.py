@@ -82,7 +82,11 @@ class Session:
             if settings.device == "cpu":
                 built.calls["ours"] = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
             errors, refused = timing.check(
-                built.calls, reference="eager", tolerance=built.tolerance, difference=built.difference
+                built.calls,
+                reference="eager",
+                tolerance=built.tolerance,
+                difference=built.difference,
+                truth=built.truth,
             )
             if "ours" in refused:
                 return row | {"error": f"ours {refused['ours']}"}, None

@@ -4,6 +4,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
+
 from bench import models, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, TOLERANCES, Case, Cost, Sizes, size
 from bench.peers import compiled, peers, takes_part
@@ -34,6 +37,7 @@ class Built:
         missing: why by name, for those that are not.
         tolerance: what outputs may differ by.
         difference: of two results.
+        truth: what makes the right ones, where it is not eager.
         cost: by formula, or None.
         small: a call of ours with next to nothing to compute, or None; its time is the host's share of every call.
         flush: the calls have one set of arguments, so that on CUDA the L2 cache is to be flushed before each; else they are
@@ -44,6 +48,7 @@ class Built:
     missing: dict[str, str]
     tolerance: float
     difference: Callable[[Any, Any], float]
+    truth: timing.Call | None = None
     cost: Cost | None = None
     small: timing.Call | None = None
     flush: bool = False
@@ -99,7 +104,8 @@ class Benchmark:
             case = self._case(on_host, sizes)
             given = size(case.arguments)
             copies = (_turns(given) - 1) * given if settings.device == "cuda" else 0
-            return case.call(case.function("reference"), self.direction)
+            eager = case.call(case.function("reference"), self.direction)
+            return eager if settings.dtype == "float32" else lambda: (eager(), case.exact(self.direction)())
 
         return peak(make) + copies
 
@@ -127,8 +133,11 @@ class Benchmark:
             calls[name] = timing.Turns(each.call(function, self.direction) for each in cases)
         least = self._case(settings, replace(sizes, B=1, N=1, D=sizes.heads, C=1, R=1))
         small = least.call(least.function(backend), self.direction)
-        tolerance = TOLERANCES[settings.device, settings.dtype]
-        return Built(calls, missing, tolerance, timing.error, case.cost(self.direction), small)
+        built = Built(calls, missing, TOLERANCES[settings.device, settings.dtype], timing.error)
+        if settings.dtype != "float32":
+            built.truth, built.difference = case.exact(self.direction), _error_of_values
+        built.cost, built.small = case.cost(self.direction), small
+        return built
 
     def _build_model(self, settings: Settings) -> Built:
         model = models.Model(self.subject, self.direction, self.sizes(settings), settings)
@@ -138,6 +147,11 @@ class Benchmark:
                 if takes_part(name, settings):
                     calls[name] = model.call("reference", function)
         return Built(calls, {}, models.TOLERANCES[settings.dtype], models.disagreement, flush=True)
+
+
+def _error_of_values(ours: Any, expected: Any) -> float:
+    both = tree_map_only(Tensor, lambda t: t.detach().float(), (list(tree_leaves(ours)), list(tree_leaves(expected))))
+    return timing.error(*both)
 
 
 def _turns(argument_bytes: int) -> int:

@@ -331,19 +331,23 @@ def check(
     reference: str,
     tolerance: float,
     difference: Callable[[Any, Any], float] | None = None,
+    truth: Call | None = None,
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """(errors by name, why by name for those that raise or disagree with the reference); each is called once."""
+    """(errors by name, why by name for those that raise or disagree); each is called once.
+
+    What is right is what `truth` returns, or the reference where there is none. The reference itself is never refused.
+    """
     errors, refused, difference = {}, {}, difference or error
-    expected = calls[reference]()
+    expected = (truth or calls[reference])()
     for name, call in calls.items():
-        if name == reference:
+        if name == reference and truth is None:
             continue
         try:
             errors[name] = difference(call(), expected)
         except Exception as problem:  # a peer's failure is a line in the table, not the end of the run
             refused[name] = raised(problem)
             continue
-        if not errors[name] <= tolerance:
+        if name != reference and not errors[name] <= tolerance:
             refused[name] = f"DISAGREES: error {errors[name]:.2g} against {tolerance:.0e}"
     return errors, refused
 

@@ -394,6 +394,14 @@ def test_bfloat16_is_measured_as_float32_is(session):
     assert "ours" in row_of(made, "group_attention/forward") and "ours" in row_of(made, "step/none")
 
 
+def test_sixteen_bits_are_compared_with_the_reference_in_float32(session):
+    # Of 4,096 tokens the reference adds up a norm's gradients in bfloat16, with an error that a wrong term might have too.
+    row = row_of(session(dtype="bfloat16", shape=f"{TINY},N=2048"), "competency_aggregate/forward+backward")
+    assert 0 < row["peers"]["eager"]["error"] and "ratio" in row["peers"]["eager"], row
+    truth = Case("adapter", SMALL, torch.bfloat16).exact(BOTH)()
+    assert all(t.dtype == torch.float32 for part in truth for t in part)
+
+
 def test_a_peer_that_is_missing_raises_or_disagrees_is_a_word_and_the_row_goes_on(session, monkeypatch):
     def raises(*_, **__):
         raise RuntimeError("no such kernel\nand more")
