@@ -174,7 +174,7 @@ class Check:
         if self.again:
             words.append(f"{self.low} of {len(self.again)} passes low")
         if self.noticed > NOTICED:
-            words.append(f"notices {math.expm1(self.noticed):.0%} and more")
+            words.append(f"notices {math.exp(self.noticed):.2f}x and more")
         return ", ".join(words)
 
 

@@ -73,7 +73,7 @@ def test_what_a_noisy_check_says_it_notices_it_notices():
 def test_verdict_of_a_noisy_check_says_what_it_notices():
     then = baseline_of(Machine(0, noise=0.2))
     text = gate.table(judged(then, Machine(1, noise=0.2)))
-    assert "% and more" in text
+    assert "x and more" in text
 
 
 # -- how a run is judged -----------------------------------------------------------------------------------------------
