@@ -240,7 +240,7 @@ def leave_one_out_backward(arch: Architecture, itemsize: int, D: int, M: int, T:
     # cotangents, and gradients in float32.
     width = even_width(D, 128)
     rows = max(1, 2048 // itemsize // width)
-    if M > 8 and RENORMALIZE:
+    if M > 8 and RENORMALIZE and itemsize == 2:
         return Config(2 * rows, width, 256 // arch.warp, registers=ALL, experts=2)
     registers = ALL if M == 1 or M > 8 else 0
     return Config(min(32, rows), width, 128 // arch.warp, registers=registers, experts=min(M, 4))
