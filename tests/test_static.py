@@ -81,7 +81,7 @@ PLANTED = """
 import sys
 from profiling import static_report
 from tiger_fast.kernels import config
-config._HEURISTICS["leave_one_out"] = lambda *_, **__: config.Config(rows=64, width=128, num_warps=4)
+config._HEURISTICS["leave_one_out"] = lambda *_, **__: config.Config(rows=64, width=128, num_warps=4, experts=8)
 static_report.TYPES = static_report.TYPES[:1]
 sys.exit(static_report.main(["--op", "leave_one_out", "--gate"]))
 """
