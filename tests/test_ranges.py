@@ -36,6 +36,16 @@ def test_ranges_can_be_off_within_on():
         assert names(lambda: call("leave_one_out", arguments)) == {}
 
 
+def test_contexts_of_two_threads_may_overlap():
+    first, second = profiler_ranges(), profiler_ranges()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert _ranges.on, "the second is still open"
+    second.__exit__(None, None, None)
+    assert not _ranges.on
+
+
 def test_triton_operators_have_ranges_forward_and_backward():
     pytest.importorskip("triton")
     arguments, _ = leaves(make(PLAIN["leave_one_out"], torch.float32))

@@ -120,13 +120,8 @@ class TIGERModule(LightningModule):
         self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], logger=False)
         return {"loss": objective.total, "weights": objective.weights}
 
-    def backward(self, loss: Tensor, *arguments: Any, **keywords: Any) -> None:
-        """Lightning's, in a range."""
-        with phase("trainer.backward"):
-            super().backward(loss, *arguments, **keywords)
-
     def optimizer_step(self, *arguments: Any, **keywords: Any) -> None:
-        """Lightning's, in a range; the objective and backward are within it."""
+        """Lightning's, in a range; the objective and its backward are within it."""
         with phase("trainer.step"):
             super().optimizer_step(*arguments, **keywords)
 
