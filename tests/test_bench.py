@@ -192,6 +192,30 @@ def test_costs_of_the_design_shape_are_the_designs():
         assert first == pytest.approx(forward, abs=0.1) and both - first == pytest.approx(backward, abs=0.1), op
 
 
+def test_operations_of_sums_over_others_are_those_of_the_cheapest_way():
+    for op in ("leave_one_out", "counterfactual_losses_from_projections"):
+        counts = []
+        for m in range(1, 17):
+            case = Case(op, replace(SMALL, M=m))
+            each = case.sizes.B * case.sizes.N * (case.sizes.T * case.sizes.D if "leave" in op else case.sizes.C)
+            counts.append(case.cost(FORWARD).operations / each)
+        if op == "leave_one_out":
+            assert counts[:6] == [0, 2, 6, 10, 14, 17]  # by hand; two others are a product each
+        assert all(later - earlier <= 8 for earlier, later in itertools.pairwise(counts)), op  # linear in M
+
+
+def test_a_step_makes_all_of_the_optimisers_work_and_moves_nothing():
+    model = models.Model("step", "decode", SMALL, presets.settings(device="cpu", shape=TINY))
+    before, call = [p.detach().clone() for p in model.trained], model.call("reference")
+    (first,), gradients = call()
+    (again,), others = call()
+    assert torch.equal(first, again) and all(map(torch.equal, gradients, others)) and gradients
+    assert all(map(torch.equal, before, model.trained)) and all(p.grad is None for p in model.trained)
+    states = [model._optimizer.state[p] for p in model.trained if p in model._optimizer.state]
+    assert len(states) == len(gradients) and {state["step"].item() for state in states} == {2}
+    assert all(state["exp_avg"].any() for state, g in zip(states, gradients) if g.any())
+
+
 def test_costs_count_bytes_of_the_activations_type():
     full, half = (Case("group_attention", SMALL, dtype).cost(FORWARD) for dtype in (torch.float32, torch.bfloat16))
     assert full.bytes == 2 * half.bytes and full.operations == half.operations
