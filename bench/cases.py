@@ -1,7 +1,7 @@
 """What is measured of the ops: every function of the contract at a given size, and its cost by formula.
 
 Costs count what any implementation has to do: bytes that must be read or written once if everything else stayed in
-registers, and operations (a multiply-add is two) after the kernels' algebra. Real kernels do more.
+registers, and operations (a multiply-add is two) of the algebra with the fewest that is known. Real kernels do more.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -179,11 +179,18 @@ def _cost_route(n: Sizes, item: int) -> tuple[Cost, Cost]:
 
 def _cost_leave_one_out(n: Sizes, item: int) -> tuple[Cost, Cost]:
     tokens, small = n.B * n.N * n.D, SMALL * n.B * n.T * n.N * n.M
-    pairs = n.M * (n.M - 1)  # summed over the others, not subtracted
+    sums, each = _sums_of_others(n.M), n.M if n.M > 1 else 0
     return (
-        Cost(item * tokens * (n.M + n.T * n.M) + small, 2 * tokens * n.T * pairs),
-        Cost(item * tokens * (2 * n.M + n.T * n.M) + 2 * small, 4 * tokens * n.T * pairs),
+        Cost(item * tokens * (n.M + n.T * n.M) + small, tokens * n.T * (each + sums)),
+        # The gradients of the others' sums, times the weight, and with the expert into the weight's gradient.
+        Cost(item * tokens * (2 * n.M + n.T * n.M) + 2 * small, tokens * n.T * (4 * each + sums)),
     )
+
+
+def _sums_of_others(m: int) -> int:
+    # Additions for the m sums over all but one of m values: from the sums before and after each, or by subtraction from the
+    # whole sum, whichever takes fewer. That a kernel adds up m - 1 others for each, which loses no digits, is its own affair.
+    return max(0, min(3 * m - 6, 2 * m - 1))
 
 
 def _cost_counterfactual(n: Sizes, item: int) -> tuple[Cost, Cost]:
@@ -204,9 +211,9 @@ def _cost_projections(n: Sizes, item: int) -> tuple[Cost, Cost]:
 
 
 def _cost_token_losses(n: Sizes) -> tuple[int, int]:
-    # M + 1 logit vectors of width C a token, from M weighted projections: M + M (M - 1) multiply-adds a class, and
-    # about 4 operations a logit for the loss (an exponential counts as one); the backward has twice that.
-    each = n.B * n.N * n.C * (2 * n.M * n.M + 4 * (n.M + 1))
+    # M + 1 logit vectors of width C a token, from M weighted projections: M products, the full sum from one of the sums of
+    # others, and about 4 operations a logit for the loss (an exponential counts as one); the backward has twice that.
+    each = n.B * n.N * n.C * (n.M + _sums_of_others(n.M) + 1 + 4 * (n.M + 1))
     return each, 2 * each
 
 

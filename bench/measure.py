@@ -1,6 +1,8 @@
 """One benchmark, measured: a row, a dict of plain values that pytest-benchmark's JSON takes as it is."""
 
+import contextlib
 import ctypes
+import gc
 import json
 import os
 import subprocess
@@ -27,6 +29,8 @@ FLOOR_SECONDS = 5e-6
 SQUARE = {"cpu": (1536, 1536, 1536), "cuda": (8192, 8192, 8192)}
 # What other processes take of the machine changes while the rows are made: limits are measured again after this long.
 LIMITS_SECONDS = 30.0
+# The process with kept memory ends when its resident memory has passed this, and another begins with the next row.
+KEPT_BYTES = 2**30
 # An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
 # on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
 # from memory. Found by trying: each variable alone left eager up to three times slower.
@@ -62,6 +66,7 @@ class Session:
         """Ends the process with kept memory, if there is one."""
         if self._kept is not None:
             self._kept.close()
+            self._kept = None
 
     def row(self, benchmark: Benchmark, *, timed: bool = True) -> tuple[Row, Timing | None]:
         """Measure one benchmark.
@@ -73,10 +78,11 @@ class Session:
         Returns:
             The row, and the samples of ours; None where there is an "error" in the row, or nothing was timed.
         """
-        row, settings = _header(benchmark, self.settings), self.settings
+        row, settings, built = _header(benchmark, self.settings), self.settings, None
+        keeps = settings.device == "cpu" and not self.alone
         try:
-            if lack := _lack(benchmark, settings):
-                return row | {"error": lack}, None
+            if short := lack(benchmark, settings, KEPT_BYTES if keeps and self._kept is None else 0):
+                return row | {"error": short}, None
             torch.compiler.reset()
             built = benchmark.build(settings)
             if settings.device == "cpu":
@@ -93,10 +99,16 @@ class Session:
             row["peers"] = _untimed(built, errors, refused)
             if not timed:
                 return row, None
-            return self._timed(row, benchmark, built, refused)
+            row, ours = self._timed(row, benchmark, built, refused)
+            built = None
+            gc.collect()
+            if keeps and "eager" not in refused:
+                self._add_kept(row, benchmark)
+            return row, ours
         except Exception as problem:  # the other rows are still to be measured
             return row | {"error": timing.raised(problem)}, None
         finally:
+            del built
             if settings.device == "cuda":
                 torch.cuda.empty_cache()
 
@@ -106,15 +118,14 @@ class Session:
         calls = {name: call for name, call in built.calls.items() if name not in refused}
         clock = timing.CudaClock(4 * timing.l2_bytes() if built.flush else 0) if cuda else timing.HostClock()
         emptied = not cuda and benchmark.suite == "ops" and row["backend"] == "cpu"
-        timings = timing.interleave(
-            calls | ({"emptied": _emptied(calls["ours"])} if emptied else {}), plan, clock=clock
-        )
+        beside = built.beside | ({"emptied": _emptied(calls["ours"])} if emptied else {})
+        timings = timing.interleave(calls | beside, plan, clock=clock)
         if cuda:
-            row["host_seconds"] = timing.host_seconds(calls["ours"], torch.cuda.synchronize)
-            # Events around calls that are shorter than their launches time the launches.
-            if not built.flush and timings["ours"].median < 2 * row["host_seconds"]:
-                row["launched"] = _against(timings, timings["ours"])
-                timings = self._replayed(row, calls, plan, clock)
+            host = {name: timing.host_seconds(call, torch.cuda.synchronize) for name, call in calls.items()}
+            row["host_seconds"] = host["ours"]
+            # A host that is held up for longer than the device was kept busy would be in the time of so short a call.
+            if not built.flush and any(timings[name].median < 2 * host[name] for name in calls):
+                timings = self._replayed(row, calls, timings, plan, clock)
         elif built.small is not None:
             small = timing.interleave({"ours": built.small}, Plan(0.01, 0.05, 9, 100))
             row["host_seconds"] = small["ours"].median
@@ -122,8 +133,10 @@ class Session:
             row["notes"].append("host time: a model's is not taken on a CPU")
         ours = timings["ours"]
         row["ours"] = ours.summary()
+        apart = _against({name: timings.pop(name) for name in beside}, ours)
         if emptied:
-            row["memory"]["ours_emptied"] = _against({"emptied": timings.pop("emptied")}, ours)["emptied"]
+            row["memory"]["ours_emptied"] = apart["emptied"]
+        row |= {name: apart[name] for name in built.beside}
         for name, found in _against(timings, ours).items():
             row["peers"][name] = found | row["peers"][name]
         medians = {name: row["peers"][name]["median"] for name in timings if name != "ours"}
@@ -132,29 +145,37 @@ class Session:
             return row, ours
         if built.cost is not None:
             row |= self._limit(built.cost, ours.median)
-        memory = {name: peak_memory(calls[name], settings.device) for name in ("ours", "eager")}
+        memory = {name: peak_memory(calls[name], settings.device) for name in ("ours", "eager") if name in calls}
         row["peak_bytes"], row["kept_bytes"] = memory["ours"] or (None, None)
-        row["peers"]["eager"]["peak_bytes"] = (memory["eager"] or (None, None))[0]
+        if "eager" in calls:
+            row["peers"]["eager"]["peak_bytes"] = (memory["eager"] or (None, None))[0]
         if memory["ours"] is None:
             row["notes"].append("peak memory: this system does not say")
-        if not cuda:
-            self._add_kept(row, benchmark)
         return row, ours
 
     def _replayed(
-        self, row: Row, calls: Mapping[str, timing.Call], plan: Plan, clock: timing.Clock
+        self,
+        row: Row,
+        calls: Mapping[str, timing.Call],
+        launched: dict[str, Timing],
+        plan: Plan,
+        clock: timing.Clock,
     ) -> dict[str, Timing]:
-        graphs = {}
+        # Timings of graphs; what cannot be captured is launched in the same rounds. `calls` has ours first.
+        replays: dict[str, timing.Call] = {}
         for name, call in calls.items():
             try:
-                graphs[name] = timing.Graph(call)
+                replays[name] = timing.Graph(call)
             except Exception as problem:
+                why = f"{name} cannot be captured into a CUDA graph ({timing.raised(problem)})"
                 if name == "ours":
-                    raise
-                why = f"cannot be captured into a CUDA graph, {timing.raised(problem)}"
-                row["peers"][name] = {"refused": why}
+                    row["notes"].append(f"{why}: everyone is timed as launched")
+                    return launched
+                row["notes"].append(f"{why}: it is timed as launched")
+                replays[name] = call
+        row["launched"] = {"ours": launched["ours"].summary()} | _against(launched, launched["ours"])
         row["notes"].append("shorter than its launch: replayed from a CUDA graph; with launches under launched")
-        return timing.interleave(graphs, plan, clock=clock)
+        return timing.interleave(replays, plan, clock=clock)
 
     def _limit(self, cost: Cost, seconds: float) -> Row:
         bandwidth, rate = self._measured_limits()
@@ -196,6 +217,8 @@ class Session:
         if self._kept is None:
             self._kept = Kept(self.settings)
         found = self._kept.ask(benchmark.id)
+        if self._kept.ended() or self._kept.resident() > KEPT_BYTES:
+            self.close()
         if "error" in found:
             row["notes"].append(f"kept memory: {found['error']}")
         else:
@@ -227,12 +250,19 @@ def _header(benchmark: Benchmark, settings: Settings) -> Row:
     }
 
 
-def _lack(benchmark: Benchmark, settings: Settings) -> str | None:
-    # Nothing is allocated to find out.
-    needed, there = benchmark.needs(settings), presets.available(settings.device)
+def lack(benchmark: Benchmark, settings: Settings, more: int = 0) -> str | None:
+    """Why a benchmark does not fit into memory, in a line, or None; allocates nothing to find out.
+
+    Args:
+        benchmark, settings: what is to be measured.
+        more: bytes that are taken besides.
+    """
+    needed, there = benchmark.needs(settings) + more, presets.available(settings.device)
     if there is None or needed <= there:
         return None
-    return f"does not fit: eager takes {needed / 1e9:.1f} GB, and {there / 1e9:.1f} GB of {settings.device} memory are free"
+    return (
+        f"does not fit: {needed / 1e9:.1f} GB are needed, and {there / 1e9:.1f} GB of {settings.device} memory are free"
+    )
 
 
 def _untimed(built: Built, errors: Mapping[str, float], refused: Mapping[str, str]) -> Row:
@@ -266,6 +296,7 @@ def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
     memory (Linux); None where there is none."""
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # of what earlier calls left in torch's pool
         torch.cuda.reset_peak_memory_stats()
         before, reserved = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
         results = call()
@@ -286,16 +317,16 @@ def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
         return None
 
 
-def resident(field: str) -> int:
-    """Bytes of a field of /proc/self/status: "VmRSS" now, "VmHWM" the peak.
+def resident(field: str, process: int | str = "self") -> int:
+    """Bytes of a field of /proc/PROCESS/status: "VmRSS" now, "VmHWM" the peak.
 
     Raises:
         OSError, RuntimeError: on a system that does not have it.
     """
-    for line in Path("/proc/self/status").read_text().splitlines():
+    for line in Path(f"/proc/{process}/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system's /proc/self/status has no {field}")
+    raise RuntimeError(f"this system's /proc/{process}/status has no {field}")
 
 
 def _trim() -> None:
@@ -343,11 +374,24 @@ class Kept:
             print(name, file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
         except (OSError, ValueError):
-            return {"error": f"the process that measures it has ended ({self._process.poll()})"}
+            self.close()
+            return {"error": f"the process that measures it has ended ({self._process.returncode})"}
+
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self._process.poll() is not None
+
+    def resident(self) -> int:
+        """Bytes of memory that it holds; 0 on a system that does not say."""
+        try:
+            return resident("VmRSS", self._process.pid)
+        except (OSError, RuntimeError):
+            return 0
 
     def close(self) -> None:
-        """Ends the process."""
-        self._process.stdin.close()
+        """Ends the process, if it has not ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 

@@ -1,7 +1,7 @@
 """What is measured of the models: the Router, the TIGER head, a training step in each of its modes, the counterfactual pass.
 
-A head takes random tokens of frozen experts, which are no part of it: projections, interactions, routing, decoder. The
-optimiser's own step is no part of a training step.
+A head takes random tokens of frozen experts, which are no part of it: projections, interactions, routing, decoder. A training
+step is the objective, the gradients and AdamW.
 """
 
 import math
@@ -51,8 +51,10 @@ class Model:
         self.subject, self.direction, self.sizes, self.settings = subject, direction, sizes, settings
         torch.manual_seed(0)
         build = _router if subject == "router" else _counterfactual_pass if subject == "counterfactual_pass" else _head
-        self.function, self._trained = build(self)
+        self.function, self.trained = build(self)
         self._cotangents: list[Tensor] | None = None
+        # A learning rate of 0: all of AdamW's work, and every call, whoever makes it, finds the same parameters.
+        self._optimizer = torch.optim.AdamW(self.trained, lr=0.0, fused=True) if subject == "step" else None
 
     @property
     def device(self) -> str:
@@ -64,7 +66,8 @@ class Model:
         return torch.randn(shape, device=self.device)
 
     def call(self, backend: str, function: Callable[[], Sequence[Tensor]] | None = None) -> Callable[[], Outputs]:
-        """A call without arguments that returns outputs and fresh gradients of what is trained, as far as it is reached.
+        """A call without arguments that returns outputs and fresh gradients of what is trained, as far as it is reached; a
+        step's has the optimiser step, too.
 
         Args:
             backend: what the calls within it run on.
@@ -77,14 +80,24 @@ class Model:
                 with self._autocast():
                     outputs = [t for t in function() if t.is_floating_point()]
                 graded = [t for t in outputs if t.requires_grad]
-                found = torch.autograd.grad(graded, self._trained, self._cotangents_for(graded), allow_unused=True)
+                found = torch.autograd.grad(graded, self.trained, self._cotangents_for(graded), allow_unused=True)
             return [t.detach() for t in outputs], [gradient for gradient in found if gradient is not None]
 
         def forward() -> Outputs:
             with torch.no_grad(), tiger_fast.use_backend(backend), self._autocast():
                 return list(function()), []
 
-        return forward if self.direction == FORWARD else both
+        def step() -> Outputs:
+            with tiger_fast.use_backend(backend):
+                with self._autocast():
+                    (objective,) = function()
+                objective.backward()
+            gradients = [p.grad for p in self.trained if p.grad is not None]
+            self._optimizer.step()
+            self._optimizer.zero_grad(set_to_none=True)
+            return [objective.detach()], gradients
+
+        return step if self._optimizer else forward if self.direction == FORWARD else both
 
     def _autocast(self) -> torch.autocast:
         dtype = self.settings.torch_dtype

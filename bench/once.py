@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bench import presets, suites, timing
+from bench import measure, presets, suites, timing
 
 WARM = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 2 where what was asked for cannot run here, 64 for what does not exist."""
+    """The command; 2 where what was asked for cannot run here or does not fit, 64 for what does not exist."""
     parser = argparse.ArgumentParser(prog="python -m bench once", description=__doc__)
     parser.add_argument(
         "ids", nargs="+", metavar="ID", help="such as route/forward; `python -m bench list` has them all"
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", action="store_true", help="list kernels or operators by torch's profiler")
     options = parser.parse_args(arguments)
     try:
+        if options.repeat < 1:
+            raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
         settings = presets.settings(
             options.preset,
             shape=options.shape,
@@ -46,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if "no GPU here" in str(problem) else 64
     cuda = settings.device == "cuda"
     for benchmark in chosen:
+        if lack := measure.lack(benchmark, settings):
+            print(f"{benchmark.id}: {lack}", file=sys.stderr)
+            return 2
         call = benchmark.build(settings).calls["ours"]
         for _ in range(WARM):
             call()

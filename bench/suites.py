@@ -35,6 +35,8 @@ class Built:
     Attributes:
         calls: by name, "ours" first, then those of the peers that are there, "eager" among them.
         missing: why by name, for those that are not.
+        beside: what is timed in the same rounds and compared with nobody: "none", ours of a step without the counterfactual
+            loss.
         tolerance: what outputs may differ by.
         difference: of two results.
         truth: what makes the right ones, where it is not eager.
@@ -52,6 +54,7 @@ class Built:
     cost: Cost | None = None
     small: timing.Call | None = None
     flush: bool = False
+    beside: dict[str, timing.Call] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,23 +94,39 @@ class Benchmark:
         return settings.backend_of(self.subject if self.subject in OPS else "route")
 
     def needs(self, settings: Settings) -> int:
-        """Bytes of memory that the eager reference takes, arguments, temporaries and results, with the results of another that
-        are compared with it; and, on CUDA, of the copies that are rotated. Allocates nothing."""
-        sizes, copies = self.sizes(settings), 0
+        """Bytes of memory that measuring takes: what the eager reference does, arguments, temporaries and results, with the
+        results of another that are compared with it; the buffers of the limits, a large copy's and a library product's; and, on
+        CUDA, the copies that are rotated and their results. Allocates nothing."""
+        sizes, copies, products = self.sizes(settings), 0, 0
 
         def make() -> timing.Call:
-            nonlocal copies
+            nonlocal copies, products
             # On the CPU, whatever the device: the bytes are the same.
             on_host = replace(settings, device="cpu")
             if self.subject not in OPS:
-                return models.Model(self.subject, self.direction, sizes, on_host).call("reference")
+                model, *without = self._models(on_host)
+                copies = 2 * size([each.trained for each in without])  # what AdamW keeps of them
+                return model.call("reference")
             case = self._case(on_host, sizes)
-            given = size(case.arguments)
-            copies = (_turns(given) - 1) * given if settings.device == "cuda" else 0
+            if settings.device == "cuda":
+                given, returned = case.tensor_bytes(self.direction)
+                copies = (_turns(size(case.arguments)) - 1) * (given + returned)
+            # Drawn in float32; the largest of them, which are made one after the other.
+            drawn = (
+                4 * (a * b + b * c) + settings.torch_dtype.itemsize * a * c
+                for a, b, c in case.cost(self.direction).products
+            )
+            products = max(drawn, default=0)
             eager = case.call(case.function("reference"), self.direction)
             return eager if settings.dtype == "float32" else lambda: (eager(), case.exact(self.direction)())
 
-        return peak(make) + copies
+        # A copy's source, its target and a fresh one.
+        return peak(make) + copies + max(products, 3 * timing.COPY_BYTES[settings.device])
+
+    def _models(self, settings: Settings) -> list[models.Model]:
+        # A step has one without the counterfactual loss beside it.
+        directions = (self.direction, "none") if self.subject == "step" else (self.direction,)
+        return [models.Model(self.subject, direction, self.sizes(settings), settings) for direction in directions]
 
     def _compiles(self, settings: Settings) -> bool:
         # Compiling takes some ten seconds a row on a CPU.
@@ -140,13 +159,15 @@ class Benchmark:
         return built
 
     def _build_model(self, settings: Settings) -> Built:
-        model = models.Model(self.subject, self.direction, self.sizes(settings), settings)
+        model, *without = self._models(settings)
         calls = {"ours": model.call(self.backend(settings)), "eager": model.call("reference")}
         if self._compiles(settings):
             for name, function in compiled("compile", model.function, settings, fullgraph=False).items():
                 if takes_part(name, settings):
                     calls[name] = model.call("reference", function)
-        return Built(calls, {}, models.TOLERANCES[settings.dtype], models.disagreement, flush=True)
+        built = Built(calls, {}, models.TOLERANCES[settings.dtype], models.disagreement, flush=True)
+        built.beside = {each.direction: each.call(self.backend(settings)) for each in without}
+        return built
 
 
 def _error_of_values(ours: Any, expected: Any) -> float:

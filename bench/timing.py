@@ -4,7 +4,7 @@ A measurement runs in rounds. A round calls every callable in a shuffled order (
 neighbour's data into the caches before the same callable), as often in a row as makes a sample long enough for the
 clock. Outputs are dropped after each call, inside the sample, so every call allocates as a user's would. The clock is the
 host's, or CUDA events; what one of two callables does to the caches the other sees on a CPU, as in use, while on CUDA
-arguments are rotated (`Turns`) or the cache is flushed, so that every call finds its arguments in device memory.
+arguments are rotated (`Turns`) or the cache is flushed before each call, so that it finds them in device memory.
 """
 
 import math
@@ -30,8 +30,10 @@ CONTRACT_VERSION = 1
 CONTRACT = (
     "Outputs are compared before anything is timed, and what disagrees has no time. Callables run interleaved in shuffled "
     "order; times are medians of rounds with quartiles; a ratio is the peer's median over ours, with a 95 % interval for the "
-    "median of the rounds' own ratios. CPU: perf_counter, samples of at least 0.2 ms, fresh outputs. CUDA: events, arguments "
-    "rotated through four L2 caches (models: the cache flushed), CUDA-graph replay where a call is shorter than its launch. "
+    "median of the rounds' own ratios. CPU: perf_counter, samples of at least 0.2 ms, fresh outputs. CUDA: events, begun while "
+    "the device still works on something else, for twice as long as the host takes to launch the sample; ops rotate through up "
+    "to 64 copies of their arguments, as many as fill four L2 caches, and everyone's are replayed from CUDA graphs, each copy "
+    "with outputs of its own, where one's call is under twice its host time; models: one call a sample, the L2 flushed before. "
     "Warm-up is by time. Limits (copy bandwidth, library product) are measured in the same run, best rounds."
 )
 
@@ -41,6 +43,9 @@ SAMPLE_SECONDS = 2e-4
 # Larger than any last-level cache in use, and large enough that its pages dominate a fresh allocation; on a GPU also that the
 # launch is nothing beside it.
 COPY_BYTES = {"cpu": 256 * 2**20, "cuda": 2**30}
+# How long a GPU is kept busy before a sample, at least and at most (the first call may have compiled), and the cycles of its
+# clock in a second, of the fastest: a slower one is busy for longer.
+BUSY_SECONDS, CYCLES = (1e-4, 1.0), 2.5e9
 
 
 @dataclass(frozen=True)
@@ -167,13 +172,13 @@ def interleave(
 
 def _warm(call: Call, plan: Plan, clock: "Clock") -> int:
     # Warm-up by time, at least one call. Returns how many calls make a sample, from the fastest: the first may compile,
-    # load libraries and grow a memory pool.
+    # load libraries and grow a memory pool. Of several calls only the first would find the cache flushed.
     fastest, begin = math.inf, clock.now()
     while True:
         fastest = min(fastest, clock.sample(call, 1))
         if clock.now() - begin >= plan.warmup:
             break
-    return max(1, math.ceil(SAMPLE_SECONDS / fastest)) if fastest > 0 else 1
+    return max(1, math.ceil(SAMPLE_SECONDS / fastest)) if fastest > 0 and not clock.flushes else 1
 
 
 # -- clocks ------------------------------------------------------------------------------------------------------------
@@ -185,6 +190,8 @@ class HostClock:
     Args:
         now: seconds from any origin.
     """
+
+    flushes = False
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self.now = now
@@ -200,25 +207,43 @@ class HostClock:
 class CudaClock:
     """CUDA events around calls, which only launch work.
 
+    The device is given work before every sample, longer than the host takes to launch the sample: the first event lies behind
+    that work, so that neither the host's time before the first launch nor gaps between launches are between the events. Where a
+    call waits for the device, or launches more than the queue holds, the host's time is in it again, as it is in use.
+
     Args:
         flush: bytes to write before every sample, which pushes everything else out of the L2 cache; for what has no
             arguments to rotate.
-        cuda: what has Event and synchronize; torch.cuda but in tests.
+        cuda: what has Event, synchronize and _sleep; torch.cuda but in tests.
+        now: the host's clock.
     """
 
-    def __init__(self, flush: int = 0, cuda: Any = None) -> None:
-        self.now, self.cuda = time.perf_counter, cuda or torch.cuda
+    def __init__(self, flush: int = 0, cuda: Any = None, now: Callable[[], float] = time.perf_counter) -> None:
+        self.now, self.cuda = now, cuda or torch.cuda
         self._flushed = torch.empty(flush, dtype=torch.uint8, device="cuda") if flush else None
+        self._launch: dict[Call, float] = {}  # the least seconds in which the host has launched a call
+
+    @property
+    def flushes(self) -> bool:
+        """Whether the cache is flushed before every sample."""
+        return self._flushed is not None
 
     def sample(self, call: Call, repeat: int) -> float:
         """Seconds of `repeat` calls on the device, from the first's beginning to the last's end."""
+        known = self._launch.get(call)
         begin, end = (self.cuda.Event(enable_timing=True) for _ in range(2))
         self.cuda.synchronize()
         if self._flushed is not None:
             self._flushed.zero_()
+        # At a call's first sample, of the warm-up, the host's time is not known.
+        least, most = BUSY_SECONDS
+        self.cuda._sleep(math.ceil(min(max(least, 2 * repeat * (known or 0.0)), most) * CYCLES))
         begin.record()
+        start = self.now()
         for _ in range(repeat):
             call()
+        took = (self.now() - start) / repeat
+        self._launch[call] = took if known is None else min(known, took)
         end.record()
         end.synchronize()
         return begin.elapsed_time(end) / 1e3
@@ -242,22 +267,27 @@ class Turns:
 class Graph:
     """Every turn of a callable captured into one CUDA graph; calling it replays them all, with no launches in between.
 
+    All results are there until the last turn is captured, so that each turn writes memory of its own: one block for all of
+    them would stay in the L2 cache.
+
     Raises:
         RuntimeError: for work that cannot be captured.
     """
 
     def __init__(self, turns: Turns) -> None:
         self.count = len(turns.calls)
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # what happens at first calls only must not be captured
+        current, side = torch.cuda.current_stream(), torch.cuda.Stream()
+        side.wait_stream(current)
+        with torch.cuda.stream(side):  # what happens at first calls only must not be captured
             for call in turns.calls[:3]:
                 call()
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            for call in turns.calls:
-                call()
+        current.wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # A capture that fails leaves torch on the stream of the capture: the outer context goes back from it.
+        with torch.cuda.stream(current), torch.cuda.graph(graph):
+            results = [call() for call in turns.calls]
+            del results
+        self.graph = graph
 
     def __call__(self) -> None:
         self.graph.replay()

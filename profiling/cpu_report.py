@@ -174,7 +174,7 @@ def counted_lines(counters: Counters, seconds: float, bandwidth: float, floor: i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 for an id that there is not, or one that does not run."""
+    """The command; 1 for an id that there is not, 2 for one that does not fit into memory."""
     parser = argparse.ArgumentParser(prog="python -m profiling.cpu_report", description=__doc__)
     parser.add_argument("id", help="a benchmark, as `python -m bench list` names it")
     parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="design")
@@ -199,6 +199,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peers="eager",
         )
         benchmark = suites.find(options.id, settings)
+        if lack := measure.lack(benchmark, settings):
+            print(f"{benchmark.id}: {lack}", file=sys.stderr)
+            return 2
         built = benchmark.build(settings)
         counters = parse(options.counters.read_text()) if options.counters else None
     except (OSError, ValueError) as problem:

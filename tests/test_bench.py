@@ -1,5 +1,6 @@
 """bench/: the timing core on a clock of its own, rows of tiny shapes, and what is refused. No test here rests on a time."""
 
+import contextlib
 import itertools
 import json
 import math
@@ -18,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not in
 
 from bench import grid, measure, models, once, peers, presets, suites, table, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, Case, Sizes, footprint
-from bench.timing import Plan
+from bench.timing import CudaClock, Plan
+from profiling import cpu_report
 from tiger_fast.ops import triton
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -190,6 +192,30 @@ def test_costs_of_the_design_shape_are_the_designs():
         assert first == pytest.approx(forward, abs=0.1) and both - first == pytest.approx(backward, abs=0.1), op
 
 
+def test_operations_of_sums_over_others_are_those_of_the_cheapest_way():
+    for op in ("leave_one_out", "counterfactual_losses_from_projections"):
+        counts = []
+        for m in range(1, 17):
+            case = Case(op, replace(SMALL, M=m))
+            each = case.sizes.B * case.sizes.N * (case.sizes.T * case.sizes.D if "leave" in op else case.sizes.C)
+            counts.append(case.cost(FORWARD).operations / each)
+        if op == "leave_one_out":
+            assert counts[:6] == [0, 2, 6, 10, 14, 17]  # by hand; two others are a product each
+        assert all(later - earlier <= 8 for earlier, later in itertools.pairwise(counts)), op  # linear in M
+
+
+def test_a_step_makes_all_of_the_optimisers_work_and_moves_nothing():
+    model = models.Model("step", "decode", SMALL, presets.settings(device="cpu", shape=TINY))
+    before, call = [p.detach().clone() for p in model.trained], model.call("reference")
+    (first,), gradients = call()
+    (again,), others = call()
+    assert torch.equal(first, again) and all(map(torch.equal, gradients, others)) and gradients
+    assert all(map(torch.equal, before, model.trained)) and all(p.grad is None for p in model.trained)
+    states = [model._optimizer.state[p] for p in model.trained if p in model._optimizer.state]
+    assert len(states) == len(gradients) and {state["step"].item() for state in states} == {2}
+    assert all(state["exp_avg"].any() for state, g in zip(states, gradients) if g.any())
+
+
 def test_costs_count_bytes_of_the_activations_type():
     full, half = (Case("group_attention", SMALL, dtype).cost(FORWARD) for dtype in (torch.float32, torch.bfloat16))
     assert full.bytes == 2 * half.bytes and full.operations == half.operations
@@ -218,18 +244,30 @@ class Cuda:
         self.host = self.device = 0.0
         self.log: list[str] = []
 
+    def clock(self) -> timing.CudaClock:
+        return CudaClock(cuda=self, now=lambda: self.host)
+
+    def queue(self, seconds: float) -> float:
+        self.device = max(self.device, self.host) + seconds
+        return self.device
+
     def synchronize(self) -> None:
         self.log.append("synchronize")
         self.host = self.device = max(self.host, self.device)
+
+    def _sleep(self, cycles: int) -> None:
+        self.log.append("busy")
+        self.queue(cycles / timing.CYCLES)
 
     def Event(self, enable_timing: bool) -> "Event":  # noqa: N802, torch's name
         assert enable_timing
         return Event(self)
 
-    def launches(self, seconds: float):
+    def launches(self, seconds: float, host: float = 0.0):
         def call():
             self.log.append("call")
-            self.device = max(self.device, self.host) + seconds
+            self.host += host
+            self.queue(seconds)
 
         return call
 
@@ -240,10 +278,11 @@ class Event:
 
     def record(self) -> None:
         self.cuda.log.append("record")
-        self.at = self.cuda.device
+        self.at = self.cuda.queue(0.0)
 
     def synchronize(self) -> None:
         self.cuda.log.append("wait")
+        self.cuda.host = max(self.cuda.host, self.at)
 
     def elapsed_time(self, other: "Event") -> float:
         return (other.at - self.at) * 1e3
@@ -251,9 +290,24 @@ class Event:
 
 def test_cuda_clock_times_the_device_between_events_and_not_the_host():
     cuda = Cuda()
-    clock = timing.CudaClock(cuda=cuda)
-    assert clock.sample(cuda.launches(0.25), 2) == pytest.approx(0.5)
-    assert cuda.log == ["synchronize", "record", "call", "call", "record", "wait"]
+    assert cuda.clock().sample(cuda.launches(0.25), 2) == pytest.approx(0.5)
+    assert cuda.log == ["synchronize", "busy", "record", "call", "call", "record", "wait"]
+
+
+@pytest.mark.parametrize("host", [2e-5, 3e-3])
+def test_cuda_clock_does_not_see_a_host_that_is_slower_than_the_device(host):
+    cuda = Cuda()
+    calls = {"ours": cuda.launches(1e-5, host), "eager": cuda.launches(2e-5, 5 * host)}
+    found = timing.interleave(calls, Plan(warmup=0.05, seconds=0, least=6), clock=cuda.clock())
+    assert found["ours"].samples == pytest.approx([1e-5] * 6) and found["eager"].samples == pytest.approx([2e-5] * 6)
+
+
+def test_one_call_a_sample_where_the_cache_is_flushed_before_each():
+    cuda = Cuda()
+    clock = cuda.clock()
+    clock._flushed = torch.empty(1)
+    found = timing.interleave({"ours": cuda.launches(1e-6)}, Plan(warmup=0, seconds=0, least=6), clock=clock)
+    assert found["ours"].calls == 1
 
 
 def test_interleave_divides_a_replay_by_the_calls_in_it():
@@ -261,7 +315,7 @@ def test_interleave_divides_a_replay_by_the_calls_in_it():
     replay = cuda.launches(1e-3)
     replay.count = 10
     calls = {"ours": replay, "eager": cuda.launches(2e-4)}
-    found = timing.interleave(calls, Plan(warmup=0, seconds=0, least=6), clock=timing.CudaClock(cuda=cuda))
+    found = timing.interleave(calls, Plan(warmup=0, seconds=0, least=6), clock=cuda.clock())
     assert found["ours"].median == pytest.approx(1e-4) and found["ours"].calls == 10
     assert timing.ratio(found["eager"], found["ours"]).value == pytest.approx(2)
 
@@ -269,6 +323,124 @@ def test_interleave_divides_a_replay_by_the_calls_in_it():
 def test_turns_go_round_through_the_copies():
     turns = timing.Turns([lambda i=i: i for i in range(3)])
     assert [turns() for _ in range(7)] == [0, 1, 2, 0, 1, 2, 0]
+
+
+@pytest.fixture
+def capture(monkeypatch):
+    """torch.cuda's part in a capture: the current stream, which a capture that fails does not put back, as torch's does not."""
+    streams = ["user's"]
+
+    @contextlib.contextmanager
+    def stream(name):
+        before, streams[0] = streams[0], name
+        try:
+            yield
+        finally:
+            streams[0] = before
+
+    class Capture:
+        def __init__(self, graph):
+            self.before = streams[0]
+
+        def __enter__(self):
+            streams[0] = "capture's"
+
+        def __exit__(self, kind, *_):
+            if kind is not None:
+                raise RuntimeError("operation failed due to a previous error during capture")
+            streams[0] = self.before
+
+    class Stream(str):
+        def wait_stream(self, other):
+            pass
+
+    for name, value in {
+        "Stream": lambda: Stream("side"),
+        "current_stream": lambda: Stream(streams[0]),
+        "stream": stream,
+        "CUDAGraph": object,
+        "graph": Capture,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    return streams
+
+
+def test_a_graph_keeps_every_turns_results_until_all_are_captured(capture):
+    captured: list[weakref.ref] = []
+
+    def call():
+        result = torch.ones(2)
+        if capture[0] == "capture's":
+            assert all(reference() is not None for reference in captured)
+            captured.append(weakref.ref(result))
+        return result
+
+    assert timing.Graph(timing.Turns([call] * 5)).count == len(captured) == 5
+    assert all(reference() is None for reference in captured) and capture == ["user's"]
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(capture):
+    def call():
+        if capture[0] == "capture's":
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        timing.Graph(timing.Turns([call]))
+    assert capture == ["user's"]
+
+
+def timed_on_cuda(monkeypatch, host: dict[str, float], fails: set[str]) -> dict:
+    """A row of a device where a call of ours takes 1 ms, of eager 2 ms, of sdpa 5 ms, and what a graph replays half as long."""
+    cuda, seconds = Cuda(), {"ours": 1e-3, "eager": 2e-3, "sdpa": 5e-3}
+    calls = {name: cuda.launches(value, host[name]) for name, value in seconds.items()}
+    names = {call: name for name, call in calls.items()}
+
+    def graph(call):
+        if names[call] in fails:
+            raise RuntimeError("not permitted when stream is capturing")
+        return cuda.launches(seconds[names[call]] / 2)
+
+    clock = cuda.clock()
+    monkeypatch.setattr(timing, "CudaClock", lambda flush: clock)
+    monkeypatch.setattr(timing, "host_seconds", lambda call, synchronize: host[names[call]])
+    monkeypatch.setattr(timing, "Graph", graph)
+    settings = replace(presets.settings(device="cpu", seconds=1e-3), device="cuda")
+    benchmark = suites.Benchmark("group_attention", FORWARD)
+    row = measure._header(benchmark, settings) | {"peers": {"eager": {"error": 0.0}, "sdpa": {"error": 0.0}}}
+    built = suites.Built(calls, {}, 1e-3, timing.error)
+    row, ours = measure.Session(settings, alone=True)._timed(row, benchmark, built, {})
+    assert row["ours"] == ours.summary() and row["host_seconds"] == host["ours"]
+    return row
+
+
+LONG, SHORT = {"ours": 4e-4, "eager": 4e-4, "sdpa": 4e-4}, {"ours": 4e-4, "eager": 4e-4, "sdpa": 3e-3}
+
+
+def test_what_is_longer_than_its_launch_is_not_replayed(monkeypatch):
+    row = timed_on_cuda(monkeypatch, LONG, set())
+    assert row["ours"]["median"] == pytest.approx(1e-3) and "launched" not in row and row["notes"] == []
+
+
+def test_one_peer_that_is_shorter_than_its_launch_has_all_replayed(monkeypatch):
+    row = timed_on_cuda(monkeypatch, SHORT, set())
+    assert {name: peer["median"] for name, peer in row["peers"].items()} == pytest.approx(
+        {"eager": 1e-3, "sdpa": 2.5e-3}
+    )
+    launched = {name: value["median"] for name, value in row["launched"].items()}
+    assert launched == pytest.approx({"ours": 1e-3, "eager": 2e-3, "sdpa": 5e-3})
+    assert row["ours"]["median"] == pytest.approx(5e-4) and "ratio" not in row["launched"]["ours"]
+
+
+def test_a_peer_that_cannot_be_captured_keeps_its_launches_and_ours_everyones(monkeypatch):
+    row = timed_on_cuda(monkeypatch, SHORT, {"sdpa"})
+    assert row["peers"]["sdpa"]["median"] == pytest.approx(5e-3) and row["ours"]["median"] == pytest.approx(5e-4)
+    assert row["peers"]["sdpa"]["ratio"]["value"] == pytest.approx(10) and row["fastest"] == "eager"
+    assert row["notes"][0].startswith("sdpa cannot be captured into a CUDA graph (raised RuntimeError: not permitted")
+    row = timed_on_cuda(monkeypatch, SHORT, {"ours"})
+    assert row["ours"]["median"] == pytest.approx(1e-3) and "launched" not in row
+    assert row["peers"]["eager"]["ratio"]["value"] == pytest.approx(2)
+    (note,) = row["notes"]
+    assert note.startswith("ours cannot be captured") and note.endswith("everyone is timed as launched")
 
 
 # -- presets and suites --------------------------------------------------------------------------------------------------
@@ -341,6 +513,18 @@ def test_memory_is_counted_without_being_taken():
     assert measure.resident("VmRSS") - before < 1e9
 
 
+def test_memory_counts_the_copies_that_rotate_and_the_buffers_of_the_limits(monkeypatch):
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 2**20)
+    monkeypatch.setattr(timing, "COPY_BYTES", {"cpu": 2**20, "cuda": 2**20})
+    settings, benchmark = presets.settings(device="cpu"), suites.Benchmark("leave_one_out", BOTH)
+    once = benchmark.needs(settings)
+    case = Case("leave_one_out", settings.sizes("leave_one_out"))
+    turns = suites._turns(suites.size(case.arguments))
+    assert benchmark.needs(replace(settings, device="cuda")) == once + (turns - 1) * sum(case.tensor_bytes(BOTH))
+    timing.COPY_BYTES["cpu"] += 1000
+    assert benchmark.needs(settings) == once + 3000
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------------
 
 ROW = {
@@ -385,7 +569,9 @@ def test_rows_of_ops_and_models_have_what_a_reader_needs(session):
 @pytest.mark.parametrize("text", [f"{name}/{d}" for name, ds in models.SUBJECTS.items() for d in ds])
 def test_models_on_both_backends_agree_and_are_timed(session, text):
     row = row_of(session(), text)
-    assert set(row) == ROW and row["peers"]["eager"]["ratio"]["value"] > 0 and row["cost"] is None, row
+    beside = {"none"} if text.startswith("step/") else set()
+    assert set(row) == ROW | beside and all(set(row[name]) == TIMES | {"ratio"} for name in beside)
+    assert row["peers"]["eager"]["ratio"]["value"] > 0 and row["cost"] is None, row
     assert row["sizes"] == asdict(SMALL)
 
 
@@ -441,11 +627,59 @@ def test_ours_that_disagrees_is_an_error_and_has_no_time(session, monkeypatch):
     assert row["error"].startswith("ours DISAGREES") and "ours" not in row
 
 
+def test_eager_that_raises_in_sixteen_bits_is_a_word_and_the_row_goes_on(session, monkeypatch):
+    def others(case, settings, *, compiles):
+        def eager(**tensors):
+            raise NotImplementedError("not for bfloat16")
+
+        return {"eager": eager}, {}
+
+    monkeypatch.setattr(suites, "peers", others)
+    monkeypatch.setattr(measure.Session, "_add_kept", lambda *_: pytest.fail("eager cannot be measured there either"))
+    row = row_of(session(dtype="bfloat16"), "group_attention/forward")
+    assert row["peers"]["eager"] == {"refused": "raised NotImplementedError: not for bfloat16"}, row
+    assert row["fastest"] is None and row["ours"]["median"] > 0 and row["peak_bytes"] is not None
+
+
+def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(monkeypatch):
+    kept = measure.Kept(presets.settings(device="cpu", shape=TINY))
+    kept._process.kill()
+    assert kept.ask("route/forward") == {"error": "the process that measures it has ended (-9)"} and kept.ended()
+    kept.close()
+
+    begun = []
+
+    class Fake:
+        def __init__(self, settings):
+            begun.append(self)
+
+        def ask(self, name):
+            return {"error": "ended"} if self is begun[0] else {"median": 1.0}
+
+        def ended(self):
+            return self is begun[0]
+
+        def resident(self):
+            return measure.KEPT_BYTES + (self is begun[1])
+
+        def close(self):
+            pass
+
+    monkeypatch.setattr(measure, "Kept", Fake)
+    settings, benchmark = presets.settings(device="cpu"), suites.Benchmark("route", FORWARD)
+    session, rows = measure.Session(settings), []
+    for _ in range(4):
+        rows.append(measure._header(benchmark, settings))
+        session._add_kept(rows[-1], benchmark)
+    assert rows[0]["notes"] == ["kept memory: ended"] and all(row["memory"] for row in rows[1:])
+    assert len(begun) == 3  # one died, one had grown, one stays
+
+
 def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(session, monkeypatch):
     monkeypatch.setattr(presets, "available", lambda device: 10**6)
     monkeypatch.setattr(suites.Benchmark, "build", lambda *_: pytest.fail("allocated"))
     row = row_of(session(shape="N=65536"), "route/forward")
-    assert row["error"].startswith("does not fit: eager takes") and row["error"].endswith("of cpu memory are free")
+    assert row["error"].startswith("does not fit: ") and row["error"].endswith("of cpu memory are free")
 
 
 def test_on_cuda_torch_compile_takes_part_with_max_autotune_too():
@@ -491,11 +725,26 @@ def test_once_lists_the_operators_of_ours(backend, capsys):
 
 
 @pytest.mark.parametrize(
-    "given", [["rout/forward"], ["route/forward", "--shape", "x"], ["route/forward", "--preset", "x"]]
+    "given",
+    [
+        ["rout/forward"],
+        ["route/forward", "--shape", "x"],
+        ["route/forward", "--preset", "x"],
+        ["route/forward", "--repeat", "0"],
+    ],
 )
 def test_once_of_nothing_is_one_line(given, capsys):
     assert once.main([*given, "--device", "cpu"]) == 64
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_once_and_the_report_for_a_cpu_of_what_does_not_fit_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(presets, "available", lambda device: 10**6)
+    monkeypatch.setattr(suites.Benchmark, "build", lambda *_: pytest.fail("allocated"))
+    assert once.main(["route/forward", "--device", "cpu"]) == 2
+    assert cpu_report.main(["route/forward", "--preset", "smoke"]) == 2
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("route/forward: does not fit: ") and second.startswith("route/forward: does not fit: ")
 
 
 def pytest_bench(*options: object) -> subprocess.CompletedProcess:
