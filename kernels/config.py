@@ -191,13 +191,15 @@ def load(path: Path) -> dict[str, Config]:
         ValueError: for a file that cannot be read, or that holds something else; the message names it."""
     of = f"tuned configurations {str(path)!r} (of TIGER_FAST_TUNED, kernels/tuned/ or --out)"
     try:
-        configs = json.loads(path.read_text())["configs"]
-    except (OSError, ValueError, KeyError, TypeError) as problem:
+        configs = json.loads(path.read_text())["configs"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"{of} cannot be read: {problem!r}") from problem
     found = {}
-    for key, value in configs.items():
+    for key, value in configs:
         try:
             found[key] = Config(**value)
+            if others := [name for name, number in value.items() if not isinstance(number, int)]:
+                raise TypeError(f"{others[0]} is no whole number")
         except TypeError as problem:  # of another version
             raise ValueError(f"{of}, {key!r}: {problem}") from problem
     return found

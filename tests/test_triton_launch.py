@@ -111,7 +111,12 @@ def test_a_tuned_file_goes_before_the_heuristic(tmp_path, monkeypatch):
         ("{", "JSONDecodeError"),
         ("[]", "TypeError"),
         ("{}", "configs"),
+        ('{"configs": []}', "AttributeError"),
         ('{"configs": {"a kernel": {"rows": 1, "group": 2}}}', "'a kernel'.*group"),
+        (
+            '{"configs": {"a kernel": {"rows": 1, "width": "x", "num_warps": 4}}}',
+            "'a kernel'.*width is no whole number",
+        ),
     ],
 )
 def test_a_tuned_file_that_is_none_is_named(content, words, tmp_path, monkeypatch):
