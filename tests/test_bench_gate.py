@@ -320,22 +320,22 @@ def test_reference_against_itself_is_not_gated(tmp_path):
     assert gate.gated(results(baseline.merge(runs)[0])) == list(IDS[1:6])
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "words"),
-    [
-        (("-n", "2"), 4, "--gate does not go with -n"),
-        (("--benchmark-skip",), 4, "--gate does not go with --benchmark-skip"),
-        (("--benchmark-disable",), 4, "--gate does not go with --benchmark-disable"),
-        (("--deselect", "bench/"), 5, "gate: FAILED, nothing was measured"),
-    ],
-    ids=["workers", "skip", "disable", "none"],
-)
-def test_gate_that_would_see_nothing_fails(options, code, words):
-    command = [sys.executable, "-m", "pytest", "bench/", "--gate", "-p", "no:cacheprovider", "--device", "cpu", *options]
+@pytest.mark.parametrize("options", [("-n", "2"), ("--benchmark-skip",), ("--benchmark-disable",)], ids=" ".join)
+def test_gate_does_not_go_with_what_keeps_it_from_measuring(options, capsys, monkeypatch):
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    found = pytest.main([str(files.ROOT / "bench"), "--gate", "-p", "no:cacheprovider", "--device", "cpu", *options])
+    captured = capsys.readouterr()
+    assert found == pytest.ExitCode.USAGE_ERROR
+    assert f"--gate does not go with {options[0]}" in captured.out + captured.err
+
+
+def test_gate_of_no_rows_fails():
+    command = [sys.executable, "-m", "pytest", "bench/", "--gate", "-p", "no:cacheprovider", "--device", "cpu"]
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
     env["PYTHONPATH"] = str(files.ROOT)
-    done = subprocess.run(command, cwd=files.ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == code and words in done.stdout + done.stderr
+    done = subprocess.run([*command, "--deselect", "bench/"], cwd=files.ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode and "gate: FAILED, nothing was measured" in done.stdout
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------
@@ -517,6 +517,52 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
     assert [subject for _, subject in made] == list(SUBJECTS[3:])
     text = capsys.readouterr().out
     assert "all of them: caught in 8 of 8 runs" in text and "5 runs left, some 8 minutes" in text
+    # Of all this nothing is left to do; of what was made otherwise nothing is counted.
+    assert calibrate.main(arguments) == 0 and len(made) == 5
+    again = [*arguments[:-1], "2"]
+    assert calibrate.main(again) == 1 and "made with other options" in capsys.readouterr().err
+    monkeypatch.setattr(calibrate, "code", lambda: "other")
+    assert calibrate.main(arguments) == 1 and "made with other code" in capsys.readouterr().err
+    path.write_text(path.read_text() + " ")
+    monkeypatch.undo()
+    assert calibrate.main(arguments) == 1 and "made with other baseline" in capsys.readouterr().err
+
+
+def test_calibration_of_some_subjects(tmp_path, monkeypatch, capsys, then):
+    (path,) = baseline.write(then, tmp_path)
+    made = []
+
+    def run(options, subject, factor):
+        made.append(subject)
+        return {"slower": [], "subject": subject, "factor": factor, "seconds": 1}
+
+    monkeypatch.setattr(calibrate, "run", run)
+    arguments = [str(path), "--runs", "0", "--each", "2", "--folder", str(tmp_path / "runs"), "--subjects"]
+    assert calibrate.main([*arguments, "route,adapter"]) == 0 and made == ["route", "adapter"] * 2
+    assert calibrate.main([*arguments, "routes"]) == 1
+    assert "no rows of ours for 'routes', only for route, leave_one_out" in capsys.readouterr().err
+    # Code that changes while it is measured.
+    codes = iter("aab")
+    monkeypatch.setattr(calibrate, "code", lambda: next(codes))
+    assert calibrate.main([*arguments[:4], "3", "--folder", str(tmp_path / "other"), "--subjects", "route"]) == 1
+    assert "has changed" in capsys.readouterr().err and len(list((tmp_path / "other").glob("*.json"))) == 1
+
+
+def test_results_that_are_not_committed_yet_make_no_tree_dirty(tmp_path, monkeypatch):
+    def git(*words):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)
+
+    git("init")
+    (tmp_path / "code.py").write_text("")
+    git("add", ".")
+    git("-c", "user.name=a", "-c", "user.email=a@b", "commit", "-m", "code")
+    monkeypatch.setattr(timing, "ROOT", tmp_path)
+    for name in ("bench/results/cpu/smoke.json", "docs/results.md", "docs/results/a.svg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    assert timing.provenance()["dirty"] is False
+    (tmp_path / "docs" / "other.md").write_text("")
+    assert timing.provenance()["dirty"] is True
 
 
 def test_process_that_fails_measures_nothing():
