@@ -320,22 +320,22 @@ def test_reference_against_itself_is_not_gated(tmp_path):
     assert gate.gated(results(baseline.merge(runs)[0])) == list(IDS[1:6])
 
 
-@pytest.mark.parametrize("options", [("-n", "2"), ("--benchmark-skip",), ("--benchmark-disable",)], ids=" ".join)
-def test_gate_does_not_go_with_what_keeps_it_from_measuring(options, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("options", "code", "words"),
+    [
+        (["-n", "2"], pytest.ExitCode.USAGE_ERROR, "--gate does not go with -n"),
+        (["--benchmark-skip"], pytest.ExitCode.USAGE_ERROR, "--gate does not go with --benchmark-skip"),
+        (["--benchmark-disable"], pytest.ExitCode.USAGE_ERROR, "--gate does not go with --benchmark-disable"),
+        (["--deselect", "bench/"], pytest.ExitCode.NO_TESTS_COLLECTED, "gate: FAILED, nothing was measured"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_gate_that_would_see_nothing_fails(options, code, words, capsys, monkeypatch):
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
-        monkeypatch.delenv(name)
+        monkeypatch.delenv(name)  # a worker of pytest-xdist's says so there
     found = pytest.main([str(files.ROOT / "bench"), "--gate", "-p", "no:cacheprovider", "--device", "cpu", *options])
-    captured = capsys.readouterr()
-    assert found == pytest.ExitCode.USAGE_ERROR
-    assert f"--gate does not go with {options[0]}" in captured.out + captured.err
-
-
-def test_gate_of_no_rows_fails():
-    command = [sys.executable, "-m", "pytest", "bench/", "--gate", "-p", "no:cacheprovider", "--device", "cpu"]
-    env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
-    env["PYTHONPATH"] = str(files.ROOT)
-    done = subprocess.run([*command, "--deselect", "bench/"], cwd=files.ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode and "gate: FAILED, nothing was measured" in done.stdout
+    said = capsys.readouterr()
+    assert found == code and words in said.out + said.err
 
 
 # -- baselines ---------------------------------------------------------------------------------------------------------
