@@ -13,11 +13,14 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bench import files, gate, slowed
 from bench.files import Results
+from bench.presets import PRESETS, Settings
+from bench.suites import Benchmark
 
 # What a baseline keeps of machine_info: nothing that names a machine's owner, and not a processor's list of flags.
 KEPT_FACTS = (
@@ -39,9 +42,11 @@ KEPT_FACTS = (
     "date",
     "contract",
     "contract_version",
+    "seconds",
+    "backend",
 )
 # What has to be the same in runs that are merged.
-SAME = ("device", "driver", "torch", "triton", "threads", "revision", "dirty", "contract_version")
+SAME = ("device", "driver", "torch", "triton", "threads", "revision", "dirty", "contract_version", "seconds", "backend")
 DIGITS = 6
 
 
@@ -54,9 +59,12 @@ def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
     Raises:
         Unusable: too few runs, or runs that cannot be merged.
     """
-    if len(runs) < gate.LEAST_RUNS:
-        raise files.Unusable(f"{len(runs)} runs: at least {gate.LEAST_RUNS} are needed to see how much runs differ")
-    for run in runs[1:]:
+    _enough(len(runs))
+    for i, run in enumerate(runs):
+        _as_preset(run)
+        for other in runs[:i]:
+            if (run.machine.get("date"), run.rows) == (other.machine.get("date"), other.rows):
+                raise files.Unusable(f"{run.path} is the same run as {other.path}")
         for name in SAME:
             if run.machine.get(name) != runs[0].machine.get(name):
                 old, new = runs[0].machine.get(name), run.machine.get(name)
@@ -72,6 +80,25 @@ def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
             notes.append(f"{name}: measured at one size in {len(found)} of {len(runs)} runs, left out")
     facts = {name: runs[-1].machine[name] for name in KEPT_FACTS if name in runs[-1].machine}
     return _rounded({"machine_info": facts, "benchmarks": benchmarks}), notes
+
+
+def _enough(runs: int) -> None:
+    if runs < gate.LEAST_RUNS:
+        raise files.Unusable(f"{runs} runs: at least {gate.LEAST_RUNS} are needed to see how much runs differ")
+
+
+def _as_preset(run: Results) -> None:
+    # A baseline is of the preset as it is, and of ours as it is.
+    if run.machine.get("slowed"):
+        raise files.Unusable(f"{run.path}: ours was slowed on purpose ({run.machine['slowed']})")
+    for name, row in files.measured(run).items():
+        if (preset := PRESETS.get(row["preset"])) is None:
+            raise files.Unusable(f"{run.path}: {name}: there is no preset {row['preset']} here")
+        settings = Settings(row["preset"], preset, {}, row["dtype"], row["device"], None, 0.0)
+        own = asdict(Benchmark(row["subject"], row["direction"], row["variant"]).sizes(settings))
+        if row["sizes"] != own:
+            other = ", ".join(f"{size}={value}" for size, value in row["sizes"].items() if value != own.get(size))
+            raise files.Unusable(f"{run.path}: {name}: {other} is not the preset's: a baseline is made without --shape")
 
 
 def _benchmark(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -128,6 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise files.Unusable(f"{slowed.VARIABLE} is set: ours would be slowed on purpose")
         if any(word.partition("=")[0] == "--shape" for word in others):
             raise files.Unusable("a baseline is of a preset as it is, without --shape")
+        _enough(len(options.merge) if options.merge else options.runs)
         with tempfile.TemporaryDirectory() as folder:
             paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
             for i, path in enumerate(() if options.merge else paths):

@@ -1,12 +1,13 @@
 """pytest's side of bench/: options, rows into pytest-benchmark's JSON, the table at the end, the gate."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from bench import again, files, gate, presets, suites, table, timing
+from bench import again, files, gate, presets, slowed, suites, table, timing
 from bench.measure import Row, Session
 
 SESSION = pytest.StashKey[Session]()
@@ -34,7 +35,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     add("baselines", "where those are (default: bench/results)", type=Path, metavar="FOLDER", default=files.RESULTS)
 
 
+def _blind(config: pytest.Config) -> str | None:
+    # What keeps the gate from seeing any time.
+    if getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None):
+        return "-n: the gate measures in one process, and its rows would stay in the workers"
+    for name in ("benchmark_disable", "benchmark_skip"):
+        if getattr(config.option, name, False):
+            return f"--{name.replace('_', '-')}: nothing would be measured"
+    return None
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("bench_gate") and (why := _blind(config)):
+        raise pytest.UsageError(f"--gate does not go with {why}")
     names = ("preset", "shape", "dtype", "device", "backend", "seconds", "peers", "max_autotune")
     try:
         options = {name: config.getoption(f"bench_{name}") for name in names}
@@ -42,7 +55,8 @@ def pytest_configure(config: pytest.Config) -> None:
     except ValueError as problem:
         raise pytest.UsageError(str(problem)) from None
     config.stash[SESSION], config.stash[ROWS], config.stash[OPTIONS] = Session(settings), [], options
-    config.stash[FACTS] = timing.provenance(settings.device)
+    asked = {"seconds": settings.seconds, "backend": settings.backend, "slowed": os.environ.get(slowed.VARIABLE)}
+    config.stash[FACTS] = timing.provenance(settings.device) | asked
     # Its table has times of ours only, and none of the peers'; --benchmark-verbose brings it back.
     config.option.benchmark_quiet = True
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.*")  # torch's own, about itself
@@ -115,24 +129,22 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if config.getoption("bench_gate") and config.stash[ROWS]:
+    if config.getoption("bench_gate") and not config.option.collectonly:
         rows = {row["id"]: row for row in config.stash[ROWS]}
         now = files.Results(Path("this run"), config.stash[FACTS], {}, rows)
         measure = again.in_fresh_processes(config.stash[OPTIONS])
         report = gate.check(now, measure, config.getoption("bench_baselines"))
         config.stash[VERDICT] = report.text
-        if report.failed:
+        if report.failed and session.exitstatus == pytest.ExitCode.OK:
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    rows = config.stash[ROWS]
-    if not rows:
-        return
-    settings = config.stash[SESSION].settings
-    terminalreporter.section(f"bench, preset {settings.name}, {settings.dtype} on {settings.device}")
-    for line in [*timing.describe(config.stash[FACTS]).splitlines(), "", *table.lines(rows)]:
-        terminalreporter.write_line(line)
+    if rows := config.stash[ROWS]:
+        settings = config.stash[SESSION].settings
+        terminalreporter.section(f"bench, preset {settings.name}, {settings.dtype} on {settings.device}")
+        for line in [*timing.describe(config.stash[FACTS]).splitlines(), "", *table.lines(rows)]:
+            terminalreporter.write_line(line)
     if VERDICT in config.stash:
         terminalreporter.section("gate")
         terminalreporter.write_line(config.stash[VERDICT])

@@ -11,7 +11,8 @@ each of them, and their mean has less noise than any.
 
 A change is judged in two steps. What looks slower is measured again, up to `PASSES` times and each time in a fresh process,
 and is slower if most of these say so; the first look is not among them, since it was chosen for being low. With so many rows
-one is always low: what is allowed is such that all checks together raise a false alarm in `FALSE_ALARMS` of all runs.
+one is always low: what is allowed is such that all checks together raise a false alarm in `FALSE_ALARMS` of all runs, as long
+as runs differ no more now than the baseline's did.
 """
 
 import math
@@ -19,7 +20,6 @@ import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import NormalDist
 from typing import Any
 
 from bench import files
@@ -36,14 +36,13 @@ PASSES = 5
 # How many further runs the noise common to all rows counts as, beside the runs of the row itself.
 COMMON_RUNS = 4
 # The share of the variance between runs that passes minutes apart have in common, and that no number of passes averages out.
-# Chosen, not measured: what a neighbour does to a machine may last for hours or for seconds.
-LASTING = 0.5
+# All of it, the worst case: what a neighbour does to a machine may last for hours.
+LASTING = 1.0
 # Ratios of rounds that agree better than this agree by chance, or by the clock's resolution.
 LEAST_NOISE = 1e-3
 # Fewer runs say nothing about the noise between them.
 LEAST_RUNS = 3
 
-NORMAL = NormalDist()
 Row = Mapping[str, Any]
 # Measures rows again: ids, each with its yardstick -> rows by id; what failed is left out.
 Again = Callable[[Mapping[str, str]], Mapping[str, Row]]
@@ -61,6 +60,23 @@ def observed(row: Row, peer: str) -> tuple[float, float] | None:
     # The interval holds 95 %, which is 1.96 standard deviations on each side.
     noise = math.log(found["ratio"]["high"] / found["ratio"]["low"]) / (2 * 1.96)
     return math.log(found["q1"] / ours["q1"]), max(noise, LEAST_NOISE)
+
+
+def student(probability: float, free: int) -> float:
+    """The quantile, for a probability of a half or more, of Student's t with so many degrees of freedom."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        # The distribution's finite sum for whole degrees, in the angle whose tangent is t / sqrt(free).
+        term, total = (math.cos(angle), 0.0) if free % 2 else (1.0, 0.0)
+        for i in range(1 + free % 2, free, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * i / (i + 1)
+        inside = math.sin(angle) * total
+        if free % 2:
+            inside = (angle + inside) * 2 / math.pi
+        low, high = (low, angle) if (1 + inside) / 2 > probability else (angle, high)
+    return math.sqrt(free) * math.tan(low)
 
 
 def median_noise(count: int) -> float:
@@ -130,8 +146,9 @@ class Check:
         self.noise *= worse
         passes = math.sqrt(LASTING + (1 - LASTING) * median_noise(PASSES) ** 2)
         noise = self.noise * math.hypot(median_noise(len(self.then.values)), passes)
-        self.allowed = max(LEAST_ALLOWED, NORMAL.inv_cdf(1 - FALSE_ALARMS / checks) * noise)
-        self.noticed = max(NOTICED, self.allowed + NORMAL.inv_cdf(POWER) * noise)
+        free = len(self.then.values) - 1 + COMMON_RUNS
+        self.allowed = max(LEAST_ALLOWED, student(1 - FALSE_ALARMS / checks, free) * noise)
+        self.noticed = max(NOTICED, self.allowed + student(POWER, free) * noise)
 
     def value(self, rows: Mapping[str, Row]) -> float | None:
         """The check's logarithm of a ratio in one run; None where a row of it is missing."""

@@ -1,11 +1,12 @@
 """`python -m bench page`: docs/results.md and its pictures from the committed files in bench/results/, and from nothing else.
 
-The same files give the same page, byte for byte, and the same pictures with the same matplotlib. CPUs are quoted by
-ratios, since a time there says more about the machine's other work than about the code; times are for GPUs alone.
+The same files give the same page, byte for byte, and the same pictures with the same matplotlib. Times are given for GPUs
+alone: on a CPU a time says as much about the machine's other work as about the code.
 """
 
 import argparse
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import Any
 from bench import files, table
 from bench.cases import DIRECTIONS
 from bench.files import Results
-from bench.presets import PRESETS
+from bench.presets import DTYPES, PRESETS
 from tiger_fast.ops import backends
 
 DOCS = files.ROOT / "docs"
@@ -28,14 +29,20 @@ INTRODUCTION = """# Results
 Made by `python -m bench page` from the files in bench/results/; do not edit. [bench/README.md](../bench/README.md) says how
 each figure is measured. A ratio is a peer's time over ours in the same interleaved run, so more than 1 means that ours is
 faster; ± is the larger side of its 95 % interval, `?` marks rounds too few for one. `eager` is the reference backend in
-plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs this page has ratios
-and shares only: a time there says as much about the machine's other work as about the code."""
+plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given:
+one says as much about the machine's other work as about the code, and so do the rates, which are of that run alone."""
 
 COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
 where glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
 must move and compute, over our time; `limit` is the floor's share of our time, where the floor follows from copy bandwidth
 and matrix products measured in the same run, and what holds it; data that stays in the caches passes 100 %. `peak` is what a
 call takes beyond its arguments, and beside it eager's."""
+
+STEPS = """`none` is the time of the step without the counterfactual loss over that of the step with it, in the same interleaved
+rounds."""
+
+# The names of this page's pictures: class, preset, type and what they show.
+PICTURE = re.compile(rf"(cpu|cuda|hip|unknown)-.+-({'|'.join(DTYPES)})-(ratios|roofline|scaling)\.svg")
 
 
 def render(found: Sequence[Results]) -> str:
@@ -156,7 +163,7 @@ def _file(results: Results) -> list[str]:
     if models:
         parts += ["### Router and head", _rows(models, results)]
     if steps:
-        parts += ["### Training step, by the counterfactual loss's mode", _steps(steps, results)]
+        parts += ["### Training step, by the counterfactual loss's mode", _steps(steps)]
     if suites["scaling"]:
         parts += ["### How cost grows", _scaling(suites["scaling"]), f"![cost by size](results/{stem}-scaling.svg)"]
     if lines := _absent(rows):
@@ -182,7 +189,7 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
     for row in rows:
         cells = [f"{row['subject']} {row['direction']}", row["backend"]]
         if "ours" not in row:
-            lines.append([*cells, row["error"], *[""] * (len(head) - 3)])
+            lines.append([*cells, _why(row), *[""] * (len(head) - 3)])
             continue
         ours, done = row["ours"], row.get("achieved") or {}
         cells += [_micro(ours["median"])] if _gpu(results) else []
@@ -200,20 +207,25 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
     return _table(head, lines)
 
 
-def _steps(rows: Sequence[Row], results: Results) -> str:
-    # What a mode costs is a ratio of times in one file, so of one device.
-    plain = next((row["ours"]["median"] for row in rows if row["direction"] == "none" and "ours" in row), None)
+def _steps(rows: Sequence[Row]) -> str:
     peers = dict.fromkeys(peer for row in rows for peer, found in row.get("peers", {}).items() if "ratio" in found)
+    head = ["mode", *(["none"] if any(row.get("none") for row in rows) else []), *peers, "peak, MB", "eager's"]
     lines = []
     for row in rows:
         if "ours" not in row:
-            lines.append([row["direction"], row["error"], *[""] * (len(peers) + 2)])
+            lines.append([row["direction"], _why(row), *[""] * (len(head) - 2)])
             continue
-        cost = f"{row['ours']['median'] / plain:.2f}" if plain else ""
-        lines.append(
-            [row["direction"], cost, *(_ratio(row, peer) for peer in peers), _mega(row), _mega(row["peers"]["eager"])]
-        )
-    return _table(["mode", "time, none = 1", *peers, "peak, MB", "eager's"], lines)
+        cells = [row["direction"]]
+        if "none" in head:
+            cells.append(_interval(row["none"]["ratio"]) if row.get("none") else "")
+        cells += [*(_ratio(row, peer) for peer in peers), _mega(row), _mega(row["peers"].get("eager", {}))]
+        lines.append(cells)
+    return "\n\n".join([*([STEPS] if "none" in head else []), _table(head, lines)])
+
+
+def _why(row: Row) -> str:
+    # What is known of a row without times; one that was only checked has no error.
+    return row.get("error", NOT_MEASURED)
 
 
 def curves(rows: Iterable[Row]) -> dict[tuple[str, str, str], list[Row]]:
@@ -392,7 +404,7 @@ def save(drawn: Mapping[str, Callable[[Any], None]], folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     for path in folder.glob("*.svg"):
-        if path.name not in drawn:
+        if path.name not in drawn and PICTURE.fullmatch(path.name):
             path.unlink()
     # Neither a date nor random ids; text as text, so that it is not drawn by whatever fonts are installed.
     with matplotlib.rc_context({"svg.hashsalt": "tiger_fast", "svg.fonttype": "none"}):

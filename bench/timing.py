@@ -480,8 +480,12 @@ ALLOCATOR_VARIABLES = (
 
 
 def provenance(device: str = "cpu") -> dict[str, Any]:
-    """What a number depends on: device, threads, versions, revision, allocator, load, timing contract."""
+    """What a number depends on: device, threads, versions, revision, allocator, load, timing contract.
+
+    Results that are yet to be committed make no tree dirty: no number depends on them.
+    """
     revision = _git("rev-parse", "HEAD")
+    changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs/results*")
     return {
         "device": {"name": _device_name(device), "class": device_class(device)},
         "driver": _driver(device),
@@ -497,7 +501,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "huge_pages": _read("/sys/kernel/mm/transparent_hugepage/enabled"),
         "allocator": {name: os.environ[name] for name in ALLOCATOR_VARIABLES if name in os.environ},
         "revision": revision,
-        "dirty": None if revision is None else bool(_git("status", "--porcelain")),
+        "dirty": None if revision is None else bool(changed),
         "load": list(os.getloadavg()),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "contract": CONTRACT,

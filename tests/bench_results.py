@@ -3,12 +3,14 @@
 import math
 import random
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from functools import cache
 from typing import Any
 
-from bench import files, timing
+from bench import files, presets, timing
+from bench.suites import Benchmark
 
-SIZES = {"B": 2, "N": 256, "D": 192, "M": 4, "T": 3, "R": 16, "C": 20, "G": 4, "heads": 4}
+SIZES = asdict(presets.PRESETS["smoke"].sizes)
 SUBJECTS = (
     "route",
     "leave_one_out",
@@ -30,8 +32,8 @@ class Machine:
 
     rounds: how many a row has. noise: of a round, relative, for the quieter rows; others have up to four times as much.
     bursts: the share of samples in which somebody else's load takes up to twice the time on top. drift: of a ratio from run
-    to run, which no round sees: half of its variance stays for a run and what is measured again for it, and half of each
-    of these is common to all rows. slow: factors of ours by subject.
+    to run, which no round sees. lasting: the share of its variance that stays for a run and what is measured again for it.
+    Half of what stays, and half of what does not, is common to all rows. slow: factors of ours by subject.
     """
 
     seed: int = 0
@@ -39,6 +41,7 @@ class Machine:
     noise: float = 0.03
     bursts: float = 0.1
     drift: float = 0.01
+    lasting: float = 0.5
     slow: Mapping[str, float] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
 
@@ -46,9 +49,10 @@ class Machine:
         self.draws = random.Random(self.seed)
 
     def _moved(self, name: str) -> float:
-        # The logarithm of how far a ratio is off for all of a measurement, of four parts with equal variance.
-        parts = [self._run[""], self._run.setdefault(name, self.draws.gauss(0, 1)), self._pass, self.draws.gauss(0, 1)]
-        return self.drift * sum(parts) / 2
+        # The logarithm of how far a ratio is off for all of a measurement.
+        stays = self._run[""] + self._run.setdefault(name, self.draws.gauss(0, 1))
+        passes = self._pass + self.draws.gauss(0, 1)
+        return self.drift * (math.sqrt(self.lasting / 2) * stays + math.sqrt((1 - self.lasting) / 2) * passes)
 
     def row(self, name: str, peers: Iterable[str] = ("eager",)) -> dict[str, Any]:
         """One row, measured afresh."""
@@ -78,6 +82,14 @@ class Machine:
         return {name: self.row(name) for name in names}
 
 
+@cache
+def sizes(name: str, preset: str) -> dict[str, int]:
+    """Those of a preset's row."""
+    subject, direction, *tail = name.split("/")
+    variant = {size: int(value) for size, _, value in (word.partition("=") for word in tail)}
+    return asdict(Benchmark(subject, direction, variant).sizes(presets.settings(preset, device="cpu")))
+
+
 def row(name: str, timings: Mapping[str, timing.Timing], **changes: Any) -> dict[str, Any]:
     """A row as bench writes it, from the timings of ours and of peers."""
     subject, direction, *tail = name.split("/")
@@ -95,7 +107,7 @@ def row(name: str, timings: Mapping[str, timing.Timing], **changes: Any) -> dict
         "direction": direction,
         "variant": {tail[0].split("=")[0]: int(tail[0].split("=")[1])} if tail else {},
         "preset": "smoke",
-        "sizes": SIZES,
+        "sizes": sizes(name, "smoke"),
         "dtype": "float32",
         "device": "cpu",
         "backend": "cpu",

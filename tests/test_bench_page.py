@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not in
 
 from bench_results import IDS, Machine, document, results, row
 
-from bench import baseline, files, page, timing
+from bench import baseline, files, gate, page, timing
 from bench.presets import PRESETS
 
 DOCS = files.ROOT / "docs"
@@ -109,10 +109,22 @@ def test_times_are_for_gpus_alone(cpu, gpu):
     assert cells(of_gpu, "route forward")[head.index("us")] == "1000"
 
 
-def test_steps_and_curves_are_relative_to_our_first(cpu):
+def test_curves_are_relative_to_our_first(cpu):
     text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
-    assert cells(text, "decode") == ["decode", "1.50", "3.00 ±0%", "3", ""]
     assert cells(text, "route forward", "T = 1, 8")[2:] == ["1.00, 4.00", "2.00 ±0%, 10.00 ±0%"]
+
+
+def test_step_without_the_loss_is_quoted_where_it_was_interleaved(cpu):
+    # The times of two rows are of different minutes: nothing is said of them.
+    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    assert cells(text, "mode") == ["mode", "eager", "peak, MB", "eager's"]
+    assert cells(text, "decode") == ["decode", "3.00 ±0%", "3", ""] and page.STEPS not in text
+    found = stated("design", "float32", "cpu")
+    found.rows["step/decode"]["none"] = {"ratio": {"value": 0.8, "low": 0.76, "high": 0.82, "certain": True}}
+    text = section(page.render([found]), "cpu-x86_64-2c design float32")
+    assert cells(text, "mode") == ["mode", "none", "eager", "peak, MB", "eager's"] and page.STEPS in text
+    assert cells(text, "decode") == ["decode", "0.80 ±5%", "3.00 ±0%", "3", ""]
+    assert cells(text, "none") == ["none", "", "2.00 ±0%", "3", ""]
 
 
 def test_memory_is_stated_beside_eagers_and_ratios_with_kept_memory(cpu):
@@ -143,20 +155,42 @@ def test_command_writes_the_same_twice_and_takes_old_pictures_away(tmp_path, cap
     baseline.write(merged, tmp_path / "in")
     broken = tmp_path / "in" / "cpu-x86_64-2c" / "broken.json"
     broken.write_text("{")
-    old = tmp_path / "out" / "results" / "old.svg"
+    old, other = (tmp_path / "out" / "results" / name for name in ("cpu-old-smoke-float32-ratios.svg", "logo.svg"))
     old.parent.mkdir(parents=True)
-    old.write_text("")
+    for path in (old, other):
+        path.write_text("<?xml")
     arguments = ["--results", str(tmp_path / "in"), "--out", str(tmp_path / "out")]
     made = []
     for _ in range(2):
         assert page.main(arguments) == 1  # one file is of no use, and the rest goes on
         made.append({path.name: path.read_text() for path in (tmp_path / "out").rglob("*.*") if path.is_file()})
-    assert made[0] == made[1] and not old.exists()
-    assert len(made[0]) == 4 and all(text.startswith("<?xml") for name, text in made[0].items() if name != "results.md")
+    # What is not this page's stays.
+    assert made[0] == made[1] and not old.exists() and other.exists()
+    assert len(made[0]) == 5 and all(text.startswith("<?xml") for name, text in made[0].items() if name != "results.md")
     errors = capsys.readouterr().err.splitlines()
     assert len(errors) == 2 and all(line.startswith(f"{broken}: not JSON") for line in errors)
     broken.unlink()
     assert page.main(arguments) == 0
+
+
+def test_page_is_made_of_one_run_too(tmp_path, capsys):
+    path = tmp_path / "in" / "cpu-x86_64-2c" / "smoke-float32.json"
+    path.parent.mkdir(parents=True)
+    run = Machine(0).document(IDS[:8])
+    lost = {**row(IDS[8], timings(1.0)), "error": "does not fit: eager takes 9.0 GB"}
+    checked = row(IDS[9], timings(1.0))  # as --benchmark-disable leaves it: outputs compared, nothing timed
+    del lost["ours"], checked["ours"]
+    run["benchmarks"] += document([checked])["benchmarks"]
+    path.write_text(json.dumps({**run, "not_measured": [lost]}))
+    assert page.main(["--results", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    text = (tmp_path / "out" / "results.md").read_text()
+    assert cells(text, "cpu-x86_64-2c")[-1] == "1" and "±" in cells(text, "route forward", "cpu")[3]
+    assert f"- does not fit: eager takes 9.0 GB ({IDS[8]})" in text.splitlines()
+    # The gate has no noise from it, and says so in a line.
+    report = gate.check(results(Machine(1).document(IDS[:8])), lambda names: {}, tmp_path / "in")
+    assert report.failed and report.text == (
+        f"gate: FAILED, {path}: not made by `python -m bench baseline`, so nothing is known of its noise"
+    )
 
 
 def test_file_without_rows_is_a_line(tmp_path):
