@@ -42,11 +42,8 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
     changes, notes = [], []
     old, new = files.measured(then), files.measured(now)
     for name in old.keys() & new.keys():
-        if old[name]["sizes"] != new[name]["sizes"]:
-            notes.append(f"{name}: other sizes, not compared")
-            continue
-        if old[name]["dtype"] != new[name]["dtype"]:
-            notes.append(f"{name}: {old[name]['dtype']} and {new[name]['dtype']}, not compared")
+        if difference := _differs(old[name], new[name]):
+            notes.append(f"{name}: {difference}, not compared")
             continue
         found = {}
         for peer, then_peer in old[name]["peers"].items():
@@ -67,6 +64,13 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
     return sorted(changes, key=lambda change: (change.factor, change.name)), notes
 
 
+def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    # In what two rows are not of the same work.
+    if old.get("sizes") != new.get("sizes"):
+        return "other sizes"
+    return "" if old.get("dtype") == new.get("dtype") else f"{old['dtype']} and {new['dtype']}"
+
+
 def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
     return ratio["value"], ratio["low"], ratio["high"]
 
@@ -76,13 +80,16 @@ def _width(change: Change) -> float:
 
 
 def times(then: Results, now: Results) -> list[Change]:
-    """The medians of everything in both files, with quartiles; by row, or by test where a file has no rows."""
+    """The medians of everything of one size and type in both files, with quartiles; by row, or by test where a file has no
+    rows."""
     sides = []
     for results in (then, now):
         found = {name: results.rows.get(name, {}).get("ours", b["stats"]) for name, b in results.benchmarks.items()}
         sides.append({name: (t["median"], t["q1"], t["q3"]) for name, t in found.items()})
     old, new = sides
-    changes = [Change(name, None, old[name], new[name]) for name in old.keys() & new.keys()]
+    one, other = files.measured(then), files.measured(now)
+    alike = {name for name in old.keys() & new.keys() if not _differs(one.get(name, {}), other.get(name, {}))}
+    changes = [Change(name, None, old[name], new[name]) for name in alike]
     return sorted(changes, key=lambda change: (change.factor, change.name))
 
 

@@ -620,6 +620,8 @@ def test_compare_names_what_it_leaves_out(tmp_path, capsys):
         f"only now: {IDS[4]}",
     ):
         assert line in lines
+    for name in IDS[1:3]:
+        assert sum(line.startswith(name) for line in lines) == 1, "and no time of it"
 
 
 def test_compare_reads_pytest_benchmarks_own_files(tmp_path, capsys):
