@@ -144,10 +144,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         settings = config.stash[SESSION].settings
         terminalreporter.section(f"bench, preset {settings.name}, {settings.dtype} on {settings.device}")
         facts = config.stash[FACTS]
-    busy = facts["load"][0] > facts["cores"] / 4
-    notes = ["BUSY when this began: what other processes take is in every number below"] if busy else []
-    for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows)]:
-        terminalreporter.write_line(line)
+        busy = facts["load"][0] > facts["cores"] / 4
+        notes = ["BUSY when this began: what other processes take is in every number below"] if busy else []
+        for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows)]:
+            terminalreporter.write_line(line)
     if VERDICT in config.stash:
         terminalreporter.section("gate")
         terminalreporter.write_line(config.stash[VERDICT])
