@@ -88,7 +88,7 @@ PRESETS: dict[str, Preset] = {
         hidden=192,
         peers=("eager", "compile"),
         compiled=("route", "leave_one_out"),
-        seconds=0.25,
+        seconds=0.12,
         values=2,
     ),
     "design": Preset(
