@@ -18,7 +18,7 @@ import torch
 from bench import presets, slowed, timing
 from bench.cases import Cost
 from bench.presets import Settings
-from bench.suites import Benchmark, Built
+from bench.suites import Benchmark, Built, find
 from bench.timing import Plan, Timing
 from tiger_fast.ops.cpu import empty_cache
 
@@ -398,9 +398,7 @@ class Kept:
 
 def answer(name: str, settings: Settings) -> Row:
     """What `Kept.ask` is answered: eager, with its ratio to ours, and ours beside it."""
-    from bench import suites
-
-    benchmark = suites.find(name, settings)
+    benchmark = find(name, settings)
     built = benchmark.build(settings)
     ours = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
     timings = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan_of(settings, benchmark))

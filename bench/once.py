@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen = [suites.find(name, settings) for name in options.ids]
     except ValueError as problem:
         print(problem, file=sys.stderr)
-        return 2 if "no GPU here" in str(problem) else 64
+        return 2 if isinstance(problem, presets.NoGPU) else 64
     cuda = settings.device == "cuda"
     for benchmark in chosen:
         if lack := measure.lack(benchmark, settings):

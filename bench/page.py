@@ -194,7 +194,7 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
         ours, done = row["ours"], row.get("achieved") or {}
         cells += [_micro(ours["median"])] if _gpu(results) else []
         cells += [f"{(ours['q3'] - ours['q1']) / ours['median']:.0%}", *(_ratio(row, peer) for peer in peers)]
-        cells += [_interval(row["memory"][name]["ratio"]) if row["memory"].get(name) else "" for name in memory]
+        cells += [table.ratio(row["memory"][name]["ratio"]) if row["memory"].get(name) else "" for name in memory]
         cells += [
             _giga(done.get("bytes_per_second")),
             _giga(done.get("operations_per_second")),
@@ -217,7 +217,7 @@ def _steps(rows: Sequence[Row]) -> str:
             continue
         cells = [row["direction"]]
         if "none" in head:
-            cells.append(_interval(row["none"]["ratio"]) if row.get("none") else "")
+            cells.append(table.ratio(row["none"]["ratio"]) if row.get("none") else "")
         cells += [*(_ratio(row, peer) for peer in peers), _mega(row), _mega(row["peers"].get("eager", {}))]
         lines.append(cells)
     return "\n\n".join([*([STEPS] if "none" in head else []), _table(head, lines)])
@@ -268,12 +268,7 @@ def _ratio_of(row: Row, peer: str | None) -> Mapping[str, Any] | None:
 
 def _ratio(row: Row, peer: str | None) -> str:
     found = _ratio_of(row, peer)
-    return _interval(found) if found else ""
-
-
-def _interval(ratio: Mapping[str, Any]) -> str:
-    noise = max(ratio["high"] / ratio["value"] - 1, 1 - ratio["low"] / ratio["value"])
-    return f"{ratio['value']:.2f} ±{noise:.0%}" + ("" if ratio["certain"] else "?")
+    return table.ratio(found) if found else ""
 
 
 def _limit(row: Row) -> str:

@@ -52,7 +52,7 @@ class Preset:
         peers: names of those that are measured unless --peers says otherwise; None: all.
         compiled: the ops that torch.compile takes part for, at the preset's sizes; None: everything.
         seconds: of rounds for each callable.
-        values: how many values of each size the scaling suite takes, the outermost ones; None: all.
+        ends: whether the scaling suite takes the outermost values of each size alone.
     """
 
     about: str
@@ -71,7 +71,7 @@ class Preset:
     peers: tuple[str, ...] | None = None
     compiled: tuple[str, ...] | None = None
     seconds: float = 2.0
-    values: int | None = None
+    ends: bool = False
 
 
 # The papers' decoder and query encoder, at full size; what stands around the routing in a real step.
@@ -89,7 +89,7 @@ PRESETS: dict[str, Preset] = {
         peers=("eager", "compile"),
         compiled=("route", "leave_one_out"),
         seconds=0.12,
-        values=2,
+        ends=True,
     ),
     "design": Preset(
         "the shape that figures for CPUs are stated for; a small decoder",
@@ -129,6 +129,10 @@ PRESETS: dict[str, Preset] = {
         models=False,
     ),
 }
+
+
+class NoGPU(ValueError):
+    """A GPU was asked for, and there is none that torch can use."""
 
 
 @dataclass(frozen=True)
@@ -218,9 +222,7 @@ def settings(
         if name not in known:
             raise unknown(kind, name, known)
     if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            "device cuda: there is no GPU here that torch can use; --device cpu measures the same on the CPU"
-        )
+        raise NoGPU("device cuda: there is no GPU here that torch can use; --device cpu measures the same on the CPU")
     if backend is not None:
         backends.resolve(backend, torch.device(device))
         if device not in backends._DEVICES.get(backend, (device,)):

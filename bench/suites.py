@@ -200,11 +200,7 @@ def _scaled(
     own = settings.sizes(subject)
     for name, values in axes.items():
         whole = [v if isinstance(v, int) else round(v * getattr(own, name)) for v in values]
-        if settings.preset.values is not None and len(whole) > settings.preset.values:
-            whole = (
-                whole[:: (len(whole) - 1) // (settings.preset.values - 1)][: settings.preset.values - 1] + whole[-1:]
-            )
-        for value in whole:
+        for value in (whole[0], whole[-1]) if settings.preset.ends else whole:
             benchmark = Benchmark(subject, direction, {name: value})
             try:
                 benchmark.sizes(settings)

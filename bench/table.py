@@ -107,9 +107,12 @@ def _cells(row: Row, names: Iterable[str]) -> list[str]:
 
 
 def _ratio(peer: Row | None) -> str:
-    if peer is None or "ratio" not in peer:
-        return ""
-    found = Ratio(**peer["ratio"])
+    return ratio(peer["ratio"]) if peer and "ratio" in peer else ""
+
+
+def ratio(fields: Row) -> str:
+    """A ratio as a row has it, with the larger side of its interval; `?` where there were too few rounds for one."""
+    found = Ratio(**fields)
     noise = max(found.high / found.value - 1, 1 - found.low / found.value)
     return f"{found.value:.2f} ±{noise:.0%}" + ("" if found.certain else "?")
 

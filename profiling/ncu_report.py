@@ -11,7 +11,7 @@ import math
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def read(path: Path) -> Recording:
     Raises:
         ValueError: where there is no table of ncu's in it, with what stands there instead.
     """
-    lines = path.read_text(errors="replace").splitlines()
-    synthetic = lines[0].lstrip("# ") if lines and lines[0].startswith("#") else None
+    text = path.read_text(errors="replace")
+    lines = text.splitlines()
     starts = [i for i, line in enumerate(lines) if line.startswith('"ID",')]
     if not starts:
         said = next((line for line in lines if line.startswith("==ERROR==")), 'no line begins with "ID"')
@@ -101,7 +101,7 @@ def read(path: Path) -> Recording:
         if body and "CC" in head:
             compute = next((row[head.index("CC")] for row in body if row[head.index("CC")]), compute)
         kernels += list(_long(head, body) if "Metric Name" in head else _wide(head, body))
-    return Recording(kernels, synthetic, f"compute capability {compute}" if compute else "")
+    return Recording(kernels, roofline.synthetic(text), f"compute capability {compute}" if compute else "")
 
 
 def _wide(head: list[str], rows: list[list[str]]) -> Iterator[Kernel]:
@@ -277,9 +277,9 @@ def resolved(recording: Recording, symbols: Mapping[str, Sequence[str]]) -> Reco
         owners = [operator for operator, own in symbols.items() if kernel.symbol in own]
         if kernel.operator is not None or len(owners) != 1:
             return kernel
-        return Kernel(kernel.symbol, owners[0], kernel.grid, kernel.metrics)
+        return replace(kernel, operator=owners[0])
 
-    return Recording([owner(kernel) for kernel in recording.kernels], recording.synthetic, recording.device)
+    return replace(recording, kernels=[owner(kernel) for kernel in recording.kernels])
 
 
 def table(found: Sequence[Row]) -> str:
