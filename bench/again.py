@@ -4,22 +4,27 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench import files
-from bench.gate import KEPT
+from bench.gate import KEPT, Again
 
 Row = dict[str, Any]
 
 
-def in_fresh_processes(options: Mapping[str, Any]) -> Callable[[Mapping[str, str]], Mapping[str, Row]]:
+def in_fresh_processes(options: Mapping[str, Any]) -> Again:
     """`gate.Again` with the options of the run that is judged (those of `presets.settings`)."""
 
-    def again(wanted: Mapping[str, str]) -> Mapping[str, Row]:
-        kept = [name for name, peer in wanted.items() if peer == KEPT]
-        others = [name for name in wanted if name not in kept]
-        return _measured(options, kept, True) | _measured(options, others, False)
+    def again(wanted: Iterable[tuple[str, str]]) -> Mapping[str, Row]:
+        pairs = list(wanted)
+        kept = dict.fromkeys(name for name, peer in pairs if peer == KEPT)
+        others = dict.fromkeys(name for name, peer in pairs if peer != KEPT)
+        peers = ",".join(dict.fromkeys(["eager", *(peer for _, peer in pairs if peer != KEPT)]))
+        rows = _measured({**options, "peers": peers}, list(others), False)
+        for name, row in _measured({**options, "peers": "eager"}, list(kept), True).items():
+            rows[name] = rows.get(name, {}) | row
+        return rows
 
     return again
 
@@ -41,10 +46,12 @@ def _measured(options: Mapping[str, Any], names: Sequence[str], kept: bool) -> d
 def main(arguments: Sequence[str]) -> None:
     """The process: options and ids in, a row a line out. With kept memory a row has that and no more."""
     from bench import presets, suites
-    from bench.measure import Session, answer
+    from bench.measure import Session, answer, keep
 
     options, kept = json.loads(arguments[0])
-    settings = presets.settings(**(options | {"peers": "eager"} if kept else options))
+    settings = presets.settings(**options)
+    if kept:
+        keep(settings)
     session = Session(settings, alone=True)
     for name in arguments[1:]:
         try:

@@ -7,7 +7,8 @@ runs say little about one row's spread, so it is drawn towards what the row's ro
 (how much more runs differ than rounds let expect).
 
 Beside every row, all rows of a subject are judged as one, by the mean of their changes: a kernel that got slower shows in
-each of them, and their mean has less noise than any.
+each of them, and their mean has less noise than any. Where the yardstick is eager with kept memory, the subject is judged
+once more as it is used, by eager with the run's threads and fresh memory: what keeps a second thread idle shows there alone.
 
 A change is judged in two steps. What looks slower is measured again, up to `PASSES` times and each time in a fresh process,
 and is slower if most of these say so; the first look is not among them, since it was chosen for being low. With so many rows
@@ -35,17 +36,14 @@ LEAST_ALLOWED = math.log(1.05)
 PASSES = 5
 # How many further runs the noise common to all rows counts as, beside the runs of the row itself.
 COMMON_RUNS = 4
-# The share of the variance between runs that passes minutes apart have in common, and that no number of passes averages out.
-# All of it, the worst case: what a neighbour does to a machine may last for hours.
-LASTING = 1.0
 # Ratios of rounds that agree better than this agree by chance, or by the clock's resolution.
 LEAST_NOISE = 1e-3
 # Fewer runs say nothing about the noise between them.
 LEAST_RUNS = 3
 
 Row = Mapping[str, Any]
-# Measures rows again: ids, each with its yardstick -> rows by id; what failed is left out.
-Again = Callable[[Mapping[str, str]], Mapping[str, Row]]
+# Measures rows again: ids, each with a yardstick -> rows by id; what failed is left out.
+Again = Callable[[Iterable[tuple[str, str]]], Mapping[str, Row]]
 # Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
 # whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
 KEPT = "eager, kept memory"
@@ -89,20 +87,33 @@ def median_noise(count: int) -> float:
 
 @dataclass(frozen=True)
 class Series:
-    """A logarithm of a ratio over the baseline's runs, and its noise by the rounds of a run."""
+    """A logarithm of a ratio over the baseline's runs, and its noise by the rounds of a run.
+
+    again: what a second measurement right after each run said, in a fresh process; empty where there was none.
+    """
 
     values: tuple[float, ...]
     rounds: float
+    again: tuple[float, ...] = ()
+
+    @property
+    def centre(self) -> float:
+        return statistics.median(self.values + self.again)
 
     @property
     def variance(self) -> float:
-        return max(statistics.variance(self.values), LEAST_NOISE**2)
+        found = [statistics.variance(values) for values in (self.values, self.again) if values]
+        return max(statistics.mean(found), LEAST_NOISE**2)
 
 
 def series(row: Row) -> dict[str, Series]:
     """Those of a baseline's row, by peer."""
     return {
-        peer: Series(tuple(map(math.log, runs["ratio"])), statistics.median(runs["noise"]))
+        peer: Series(
+            tuple(map(math.log, runs["ratio"])),
+            statistics.median(runs["noise"]),
+            tuple(map(math.log, runs.get("again", ()))),
+        )
         for peer, runs in row["runs"].items()
     }
 
@@ -117,20 +128,38 @@ def noises(found: Sequence[Series]) -> list[float]:
     return [math.sqrt((free * s.variance + COMMON_RUNS * common * s.rounds**2) / (free + COMMON_RUNS)) for s in found]
 
 
+def lasting(found: Sequence[Series]) -> float:
+    """The share of the variance between runs that a run and its passes have in common, so that no number of passes averages
+    it out; 1, the worst case, where the baseline's runs were not measured again.
+
+    Half the mean square of the differences between a run and what was measured again after it is the variance that they do
+    not share. What is returned is one standard error to the safe side.
+    """
+    apart = [
+        statistics.mean((a - b) ** 2 for a, b in zip(s.values, s.again)) / (2 * s.variance) for s in found if s.again
+    ]
+    if len(apart) < max(2, len(found)):
+        return 1.0
+    error = statistics.stdev(apart) / math.sqrt(len(apart))
+    return min(1.0, max(0.0, 1 - statistics.mean(apart) + error))
+
+
 @dataclass
 class Check:
     """A row, or all rows of a subject, and what came out.
 
     peers: the yardstick of each row by id. weights: what each row counts, 1 in all. then: the logarithm of the ratio over the
-    baseline's runs. noise: of one measurement. allowed: how far it may fall. noticed: the slow-down that is noticed
-    with `POWER`. first: the first look now; again: one value for each pass. lost: a row could not be measured again.
+    baseline's runs. noise: of one measurement. lasting: the share of its variance that passes have in common. allowed: how
+    far it may fall. noticed: the slow-down that is noticed with `POWER`. first: the first look now; again: one value for
+    each pass. lost: a row could not be measured again.
     """
 
     name: str
     peers: dict[str, str]
     weights: dict[str, float]
     then: Series
-    noise: float
+    noise: float = math.nan
+    lasting: float = 1.0
     allowed: float = math.inf
     noticed: float = math.inf
     first: float = math.nan
@@ -139,16 +168,20 @@ class Check:
 
     @property
     def centre(self) -> float:
-        return statistics.median(self.then.values)
+        return self.then.centre
 
     def allow(self, checks: int, worse: float) -> None:
-        """Set what is allowed where so many checks share `FALSE_ALARMS`, and noise is `worse` times the baseline's."""
-        self.noise *= worse
-        passes = math.sqrt(LASTING + (1 - LASTING) * median_noise(PASSES) ** 2)
-        noise = self.noise * math.hypot(median_noise(len(self.then.values)), passes)
-        free = len(self.then.values) - 1 + COMMON_RUNS
+        """Set what is allowed where so many checks share `FALSE_ALARMS`, and rounds are `worse` times as noisy as then."""
+        self.noise = math.hypot(self.noise, self.then.rounds * math.sqrt(worse**2 - 1))
+        runs, all_values = len(self.then.values), len(self.then.values + self.then.again)
+        noise = self.noise * math.hypot(self._left(runs, all_values), self._left(1, PASSES))
+        free = runs - 1 + COMMON_RUNS
         self.allowed = max(LEAST_ALLOWED, student(1 - FALSE_ALARMS / checks, free) * noise)
         self.noticed = max(NOTICED, self.allowed + student(POWER, free) * noise)
+
+    def _left(self, runs: int, values: int) -> float:
+        # The noise of the median of so many values of so many runs, in that of one.
+        return math.sqrt(self.lasting * median_noise(runs) ** 2 + (1 - self.lasting) * median_noise(values) ** 2)
 
     def value(self, rows: Mapping[str, Row]) -> float | None:
         """The check's logarithm of a ratio in one run; None where a row of it is missing."""
@@ -200,22 +233,25 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
 
     Allowances count all rows of the baseline, so that a selection of rows is judged as they are in a whole run.
     """
-    every = {(name, peer): s for name, row in then.items() for peer, s in series(row).items()}
-    noise = dict(zip(every, noises(list(every.values()))))
+    peers: dict[str, dict[str, Check]] = {}
+    for name, row in then.items():
+        for peer, found in series(row).items():
+            peers.setdefault(peer, {})[name] = Check(name, {name: peer}, {name: 1.0}, found)
+    for some in peers.values():
+        _learn(list(some.values()))
     rows: dict[str, Check] = {}
     for name in then:
-        found = [pair for pair in every if pair[0] == name]
-        present = [pair for pair in found if name in now and observed(now[name], pair[1])]
+        found = {peer: some[name] for peer, some in peers.items() if name in some}
+        present = [check for peer, check in found.items() if name in now and observed(now[name], peer)]
         if found:
-            best = min(present or found, key=noise.get)
-            rows[name] = Check(name, {name: best[1]}, {name: 1.0}, every[best], noise[best])
-    subjects: dict[str, list[Check]] = {}
-    for name, check in rows.items():
-        subjects.setdefault(then[name]["subject"], []).append(check)
-    groups = [_together(subject, some) for subject, some in subjects.items() if len(some) > 1]
-    for group, value in zip(groups, noises([group.then for group in groups])):
-        group.noise = value
-    result = [*rows.values(), *groups]
+            rows[name] = min(present or found.values(), key=lambda check: check.noise)
+    kept = [name for name, check in rows.items() if check.peers[name] == KEPT]
+    used = {name: peers["eager"][name] for name in kept if name in peers.get("eager", {})}
+    result = list(rows.values())
+    for some, words in ((rows, ""), (used, ", as used")):
+        groups = _subjects(some, then, words)
+        _learn(groups)
+        result += groups
     count, worse = len(result), _worse(rows, now)
     for check in result:
         check.allow(count, worse)
@@ -224,14 +260,35 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
     return [check for check in result if not math.isnan(check.first)]
 
 
-def _together(subject: str, some: Sequence[Check]) -> Check:
+def _learn(some: Sequence[Check]) -> None:
+    # Their noise, from what all of them say.
+    found = [check.then for check in some]
+    for check, noise in zip(some, noises(found)):
+        check.noise, check.lasting = noise, lasting(found)
+
+
+def _subjects(rows: Mapping[str, Check], then: Mapping[str, Row], words: str) -> list[Check]:
+    # A check for each subject with several rows.
+    found: dict[str, list[Check]] = {}
+    for name, check in rows.items():
+        found.setdefault(then[name]["subject"], []).append(check)
+    return [_together(f"{subject}, its {len(some)} rows{words}", some) for subject, some in found.items() if some[1:]]
+
+
+def _together(name: str, some: Sequence[Check]) -> Check:
     # The less noise a row has the more it counts.
     raw = {check.name: check.noise**-2 for check in some}
     weights = {name: value / sum(raw.values()) for name, value in raw.items()}
-    values = [sum(weights[c.name] * c.then.values[i] for c in some) for i in range(len(some[0].then.values))]
+    values = _mean(weights, {check.name: check.then.values for check in some})
+    measured_again = all(check.then.again for check in some)
+    again = _mean(weights, {check.name: check.then.again for check in some}) if measured_again else ()
     rounds = math.hypot(*(weights[c.name] * c.then.rounds for c in some))
     peers = {name: peer for check in some for name, peer in check.peers.items()}
-    return Check(f"{subject}, its {len(some)} rows", peers, weights, Series(tuple(values), rounds), math.nan)
+    return Check(name, peers, weights, Series(values, rounds, again))
+
+
+def _mean(weights: Mapping[str, float], values: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
+    return tuple(sum(weights[name] * value for name, value in zip(values, run)) for run in zip(*values.values()))
 
 
 def _worse(rows: Mapping[str, Check], now: Mapping[str, Row]) -> float:
@@ -248,7 +305,7 @@ def judge(found: Iterable[Check], again: Again) -> list[Check]:
     """Measure again what looks slower until every verdict is settled."""
     found = list(found)
     while waiting := [check for check in found if not check.settled]:
-        rows = again({name: peer for check in waiting for name, peer in check.peers.items()})
+        rows = again(dict.fromkeys(pair for check in waiting for pair in check.peers.items()))
         for check in waiting:
             value = check.value(rows)
             if value is None:

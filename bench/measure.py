@@ -396,18 +396,26 @@ class Kept:
         self._process.stdout.close()
 
 
+def keep(settings: Settings) -> None:
+    """Makes this process, begun in an environment of `KEPT_MEMORY`, the one that the settings ask for."""
+    if settings.preset.kept_threads:
+        torch.set_num_threads(settings.preset.kept_threads)
+
+
 def answer(name: str, settings: Settings) -> Row:
-    """What `Kept.ask` is answered: eager, with its ratio to ours, and ours beside it."""
+    """What `Kept.ask` is answered: eager, with its ratio to ours, and ours and the number of threads beside it."""
     benchmark = find(name, settings)
     built = benchmark.build(settings)
     ours = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
     timings = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan_of(settings, benchmark))
-    return _against(timings, timings["ours"])["eager"] | {"ours": timings["ours"].summary()}
+    threads = torch.get_num_threads()
+    return _against(timings, timings["ours"])["eager"] | {"ours": timings["ours"].summary(), "threads": threads}
 
 
 def serve(arguments: Sequence[str]) -> None:
     """The process behind `Kept`: an id a line in, a row a line out."""
     settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
+    keep(settings)
     for line in sys.stdin:
         try:
             found = answer(line.strip(), settings)

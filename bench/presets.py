@@ -53,6 +53,8 @@ class Preset:
         compiled: the ops that torch.compile takes part for, at the preset's sizes; None: everything.
         seconds: of rounds for each callable.
         ends: whether the scaling suite takes the outermost values of each size alone.
+        kept_threads: of the process with kept memory; None: as many as the run has. Calls of a tenth of a millisecond
+            wait for a second thread for about as long as they work, and for how long changes from process to process.
     """
 
     about: str
@@ -72,6 +74,7 @@ class Preset:
     compiled: tuple[str, ...] | None = None
     seconds: float = 2.0
     ends: bool = False
+    kept_threads: int | None = None
 
 
 # The papers' decoder and query encoder, at full size; what stands around the routing in a real step.
@@ -90,6 +93,7 @@ PRESETS: dict[str, Preset] = {
         compiled=("route", "leave_one_out"),
         seconds=0.12,
         ends=True,
+        kept_threads=1,
     ),
     "design": Preset(
         "the shape that figures for CPUs are stated for; a small decoder",

@@ -21,7 +21,7 @@ CLASS = "cpu-x86_64-2c"
 
 
 def baseline_of(machine: Machine, runs: int = 7, **keywords) -> files.Results:
-    return results(baseline.merge([results(machine.document(**keywords)) for _ in range(runs)])[0], "baseline.json")
+    return results(baseline.merge([results(machine.twice(**keywords)) for _ in range(runs)])[0], "baseline.json")
 
 
 def judged(then: files.Results, machine: Machine) -> list[gate.Check]:
@@ -109,9 +109,9 @@ def test_only_what_looks_slower_is_measured_again_and_no_longer_than_it_takes():
     then, machine = baseline_of(Machine(0)), Machine(1, slow={"route": 1.5})
     now, asked = results(machine.document()), []
 
-    def measure(names):
-        asked.append(set(names))
-        return machine.again(names)
+    def measure(wanted):
+        asked.append({name for name, _ in wanted})
+        return machine.again(wanted)
 
     found = gate.judge(gate.checks(then.rows, now.rows), measure)
     suspects = {name for check in found if check.suspect for name in check.peers}
@@ -567,7 +567,9 @@ def test_results_that_are_not_committed_yet_make_no_tree_dirty(tmp_path, monkeyp
 
 def test_process_that_fails_measures_nothing():
     assert (
-        again.in_fresh_processes({"preset": "no such preset"})({"route/forward": "eager", "adapter/forward": gate.KEPT})
+        again.in_fresh_processes({"preset": "no such preset"})(
+            [("route/forward", "eager"), ("route/forward", gate.KEPT)]
+        )
         == {}
     )
 
