@@ -62,6 +62,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.*")  # torch's own, about itself
 
 
+def pytest_report_header(config: pytest.Config) -> str | None:
+    # Said before anything is measured: the run ends with it, after its table.
+    settings, folder = config.stash[SESSION].settings, config.getoption("bench_baselines")
+    path = files.baseline_path(config.stash[FACTS], settings.name, settings.dtype, folder)
+    lack = gate.missing(path) if config.getoption("bench_gate") else None
+    return f"gate: will fail, {lack}" if lack else None
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "spec" in metafunc.fixturenames:
         found = list(suites.of(metafunc.module.SUITE, metafunc.config.stash[SESSION].settings))
@@ -146,11 +154,18 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         facts = config.stash[FACTS]
         busy = facts["load"][0] > facts["cores"] / 4
         notes = ["BUSY when this began: what other processes take is in every number below"] if busy else []
-        for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows)]:
+        for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows), *_idle(config, rows)]:
             terminalreporter.write_line(line)
     if VERDICT in config.stash:
         terminalreporter.section("gate")
         terminalreporter.write_line(config.stash[VERDICT])
+
+
+def _idle(config: pytest.Config, rows: Sequence[Row]) -> list[str]:
+    # Peers that were named and had nothing to compute: a table without them would look as if they had been forgotten.
+    named = (config.getoption("bench_peers") or "").split(",")
+    seen = {peer for row in rows for peer in row["peers"]}
+    return [f"{name}: computes none of these rows" for name in named if name in presets.PEERS and name not in seen]
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

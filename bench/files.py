@@ -86,7 +86,7 @@ def differences(then: Results, now: Results) -> list[str]:
     """A line for each fact that ratios depend on and that differs between two files."""
     lines = []
     facts = {"device": (then.device, now.device)}
-    for name in ("driver", "torch", "triton", "compiler", "threads"):
+    for name in ("driver", "torch", "triton", "compiler", "threads", "seconds"):
         facts[name] = (then.machine.get(name), now.machine.get(name))
     for name, (old, new) in facts.items():
         if old != new:

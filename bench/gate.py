@@ -1,8 +1,8 @@
 """The gate: has a ratio to a peer of the same run fallen, since the committed baseline, by more than its noise allows?
 
 What is compared is the logarithm of a row's ratio, lower quartile over lower quartile: a burst of somebody else's load has to
-cover three quarters of the rounds to move it. The peer, the row's yardstick, is the one whose ratio was the steadiest over
-the baseline's runs. Noise is known twice: within a run, from its rounds, and from run to run, from the baseline. A few
+cover three quarters of the rounds to move it. The peer, the row's yardstick, is eager with kept memory where that is
+measured, and else the one whose ratio was the steadiest over the baseline's runs. Noise is known twice: within a run, from its rounds, and from run to run, from the baseline. A few
 runs say little about one row's spread, so it is drawn towards what the row's rounds say times what is common to all rows
 (how much more runs differ than rounds let expect).
 
@@ -173,9 +173,10 @@ class Check:
     def allow(self, checks: int, worse: float) -> None:
         """Set what is allowed where so many checks share `FALSE_ALARMS`, and rounds are `worse` times as noisy as then."""
         self.noise = math.hypot(self.noise, self.then.rounds * math.sqrt(worse**2 - 1))
-        runs, all_values = len(self.then.values), len(self.then.values + self.then.again)
-        noise = self.noise * math.hypot(self._left(runs, all_values), self._left(1, PASSES))
-        free = runs - 1 + COMMON_RUNS
+        runs, values = len(self.then.values), len(self.then.values + self.then.again)
+        noise = self.noise * math.hypot(self._left(runs, values), self._left(1, PASSES))
+        # What was measured again says as much about the noise as a run of its own, but for what it shares with its run.
+        free = runs - 1 + int((1 - self.lasting) * (values - runs)) + COMMON_RUNS
         self.allowed = max(LEAST_ALLOWED, student(1 - FALSE_ALARMS / checks, free) * noise)
         self.noticed = max(NOTICED, self.allowed + student(POWER, free) * noise)
 
@@ -242,9 +243,9 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
     rows: dict[str, Check] = {}
     for name in then:
         found = {peer: some[name] for peer, some in peers.items() if name in some}
-        present = [check for peer, check in found.items() if name in now and observed(now[name], peer)]
+        found = {peer: c for peer, c in found.items() if name in now and observed(now[name], peer)} or found
         if found:
-            rows[name] = min(present or found.values(), key=lambda check: check.noise)
+            rows[name] = found.get(KEPT) or min(found.values(), key=lambda check: check.noise)
     kept = [name for name, check in rows.items() if check.peers[name] == KEPT]
     used = {name: peers["eager"][name] for name in kept if name in peers.get("eager", {})}
     result = list(rows.values())
@@ -351,16 +352,25 @@ def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
     return Report("\n".join(f"gate: {line}" if "\n" not in line else line for line in lines if line), failed)
 
 
+def missing(path: Path) -> str | None:
+    """Where there is no baseline, a line that says so and how to make one."""
+    if path.exists():
+        return None
+    preset, _, dtype = path.stem.rpartition("-")
+    make = f"python -m bench baseline --preset {preset} --dtype {dtype}"
+    if path.parents[1] != files.RESULTS:
+        make += f" --out {path.parents[1]}"
+    return f"no baseline for {path.parent.name}, {path.stem}: `{make}` makes one"
+
+
 def baseline(path: Path, now: Results) -> Results:
     """The baseline in a file.
 
     Raises:
         Unusable: there is none, it is not the result of `python -m bench baseline`, or it is of another contract or class.
     """
-    if not path.exists():
-        preset, _, dtype = path.stem.rpartition("-")
-        make = f"python -m bench baseline --preset {preset} --dtype {dtype}"
-        raise files.Unusable(f"no baseline for {path.parent.name}, {path.stem}: `{make}` makes one")
+    if lack := missing(path):
+        raise files.Unusable(lack)
     then = files.load(path)
     if any("runs" not in row for row in files.measured(then).values()) or not then.rows:
         raise files.Unusable(f"{path}: not made by `python -m bench baseline`, so nothing is known of its noise")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import files, table
+from bench import files, roofline, table
 from bench.cases import DIRECTIONS
 from bench.files import Results
 from bench.presets import DTYPES, PRESETS
@@ -33,10 +33,10 @@ plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in 
 one says as much about the machine's other work as about the code, and so do the rates, which are of that run alone."""
 
 COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
-where glibc keeps all memory, `emptied` our time without any kept memory over ours. GB/s and GFLOP/s are what any implementation
-must move and compute, over our time; `limit` is the floor's share of our time, where the floor follows from copy bandwidth
-and matrix products measured in the same run, and what holds it; data that stays in the caches passes 100 %. `peak` is what a
-call takes beyond its arguments, and beside it eager's."""
+where glibc keeps all memory (in `smoke` with one thread), `emptied` our time without any kept memory over ours. GB/s and
+GFLOP/s are what any implementation must move and compute, over our time; `limit` is the floor's share of our time, where the
+floor follows from copy bandwidth and matrix products measured in the same run, and what holds it; data that stays in the caches
+passes 100 %. `peak` is what a call takes beyond its arguments, and beside it eager's."""
 
 STEPS = """`none` is the time of the step without the counterfactual loss over that of the step with it, in the same interleaved
 rounds."""
@@ -338,27 +338,19 @@ def draw_ratios(figure: Any, rows: Sequence[Row]) -> None:
 
 def draw_roofline(figure: Any, rows: Sequence[Row]) -> None:
     """Each op's rate over its operations a byte, under the two limits that were measured beside it (the best of the rows')."""
-    figure.set_size_inches(8, 5)
-    axes = figure.add_subplot()
+    figure.set_size_inches(9, 5)
     bandwidth = max(row["limit"]["copy_bandwidth"] for row in rows)
-    rate = max(row["limit"]["product_rate"] for row in rows)
-    places = [
-        (row["cost"]["operations"] / row["cost"]["bytes"], row["achieved"]["operations_per_second"]) for row in rows
+    rates = {"torch's product": max(row["limit"]["product_rate"] for row in rows)}
+    points = [
+        roofline.Point(
+            f"{row['subject']} {row['direction']}",
+            row["cost"]["operations"],
+            row["cost"]["bytes"],
+            row["cost"]["operations"] / row["achieved"]["operations_per_second"],
+        )
+        for row in rows
     ]
-    ends = min(x for x, _ in places) / 2, max(*(x for x, _ in places), rate / bandwidth) * 2
-    steps = [ends[0] * (ends[1] / ends[0]) ** (i / 100) for i in range(101)]
-    axes.plot(steps, [min(x * bandwidth, rate) / 1e9 for x in steps], color="black", linewidth=1)
-    for n, (row, (x, y)) in enumerate(zip(rows, places)):
-        name = f"{n + 1} {row['subject']} {row['direction']}"
-        axes.plot([x], [y / 1e9], "o", color=f"C{n // 2 % 10}", fillstyle="full" if n % 2 else "none", label=name)
-        axes.annotate(str(n + 1), (x, y / 1e9), fontsize=6, xytext=(3, 3), textcoords="offset points")
-    axes.set_xscale("log")
-    axes.set_yscale("log")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter("{x:g}")
-    axes.set_xlabel("operations a byte")
-    axes.set_ylabel("GFLOP/s")
-    axes.legend(fontsize=6, loc="center left", bbox_to_anchor=(1, 0.5))
+    roofline.plot(figure, bandwidth, rates, points)
 
 
 def draw_scaling(figure: Any, lines: Mapping[tuple[str, str, str], Sequence[Row]]) -> None:

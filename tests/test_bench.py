@@ -774,6 +774,7 @@ def test_pytest_bench_writes_rows_into_the_json_of_pytest_benchmark_and_prints_a
         assert b["stats"]["median"] == pytest.approx(row["ours"]["median"])
         assert b["stats"]["rounds"] == row["ours"]["rounds"] and b["stats"]["iterations"] == row["ours"]["calls"]
         assert "ratio" in row["memory"]["eager_kept"], row["notes"]
+        assert row["memory"]["eager_kept"]["threads"] == presets.PRESETS["smoke"].kept_threads == 1
         assert f"| {row['id']} " in done.stdout
 
 

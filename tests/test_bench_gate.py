@@ -1,5 +1,6 @@
 """The gate's statistic on machines whose noise is known, baselines, and what a file can be wrong in: nothing here is timed."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -164,6 +165,56 @@ def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
     # On a system without it, eager serves.
     (check,) = gate.checks(then.rows, {IDS[0]: row(IDS[0], timings(1.0, eager=5.0))})
     assert check.peers == {IDS[0]: "eager"}
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_noise_that_passes_share_with_their_run_is_learnt_from_runs_measured_again(share):
+    then = baseline_of(Machine(0, noise=0.003, bursts=0.0, drift=0.04, lasting=share), runs=25)
+    found = [gate.series(row)["eager"] for row in then.rows.values()]
+    assert gate.lasting(found) == pytest.approx(share, abs=0.15)
+    # Where one was not measured again, the worst is taken.
+    assert gate.lasting([*found[1:], dataclasses.replace(found[0], again=())]) == 1
+
+
+def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
+    def run(machine, idle):
+        rows = [machine.row(name, ("eager",)) for name in IDS if machine.document(())]
+        for found in rows:
+            kept = machine.row(found["id"])
+            found["memory"] = {"eager_kept": {**kept["peers"]["eager"], "ours": kept["ours"]}}
+            if idle and found["subject"] == "route":
+                found["ours"] = {field: value * idle for field, value in found["ours"].items()}
+        return results(document(rows))
+
+    then = results(baseline.merge([run(Machine(draw), None) for draw in range(5)])[0])
+    for row in then.rows.values():  # as if the second thread's noise were in what is used alone
+        row["runs"]["eager"]["noise"] = [10 * noise for noise in row["runs"]["eager"]["noise"]]
+        row["runs"]["eager"]["ratio"] = [
+            r * (1 + 0.05 * (-1) ** i) for i, r in enumerate(row["runs"]["eager"]["ratio"])
+        ]
+    now = run(Machine(9), 2.0)
+    found = gate.judge(gate.checks(then.rows, now.rows), lambda wanted: {name: now.rows[name] for name, _ in wanted})
+    assert slower(found) == ["route, its 6 rows, as used"]
+    assert {peer for check in found for peer in check.peers.values() if "used" not in check.name} == {gate.KEPT}
+
+
+def test_row_wanted_with_two_peers_is_measured_in_both_kinds_of_process(monkeypatch):
+    asked = []
+
+    def measured(options, names, kept):
+        asked.append((options["peers"], names, kept))
+        return {
+            name: {"memory": {"eager_kept": "there"}} if kept else {"peers": "here", "memory": {}} for name in names
+        }
+
+    monkeypatch.setattr(again, "_measured", measured)
+    wanted = [("route/forward", gate.KEPT), ("adapter/forward", "compile"), ("route/forward", "eager")]
+    found = again.in_fresh_processes({"preset": "smoke", "peers": None})(wanted)
+    assert asked == [
+        ("eager,compile", ["adapter/forward", "route/forward"], False),
+        ("eager", ["route/forward"], True),
+    ]
+    assert found["route/forward"] == {"peers": "here", "memory": {"eager_kept": "there"}}
 
 
 def test_noisier_rounds_than_the_baselines_allow_more():
@@ -370,6 +421,46 @@ def test_runs_that_differ_are_not_merged(facts, words):
     runs = [machine.document(IDS[:2]) for _ in range(3)]
     with pytest.raises(files.Unusable, match=rf"last.json: {words} .* not the runs of one baseline"):
         baseline.merge([results(runs[0]), results(runs[1]), results(changed(runs[2], **facts), "last.json")])
+
+
+def test_run_for_a_baseline_measures_what_has_kept_memory_again(tmp_path, monkeypatch):
+    machine, asked = Machine(0), []
+    found = machine.document(IDS[:3], seconds=0.5, backend=None)
+    rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
+    for row in rows[:2]:
+        row["memory"] = {"eager_kept": {**row["peers"]["eager"], "ours": row["ours"]}}
+    rows[1]["backend"] = "reference"
+
+    def in_fresh_processes(options):
+        def measure(wanted):
+            asked.append((options, list(wanted)))
+            return {rows[0]["id"]: {"memory": {"eager_kept": "again"}}}
+
+        return measure
+
+    monkeypatch.setattr(baseline.subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 3))
+    monkeypatch.setattr(baseline, "in_fresh_processes", in_fresh_processes)
+    file = tmp_path / "run.json"
+    assert baseline.run([], file) == 3 and not asked, "nothing was measured"
+    file.write_text(json.dumps(found))
+    assert baseline.run([], file) == 3
+    options = {"preset": "smoke", "dtype": "float32", "device": "cpu", "seconds": 0.5, "backend": None}
+    assert asked == [(options, [(IDS[0], gate.KEPT)])]
+    again = [row.get("again") for row in files.load(file).rows.values()]
+    assert again == [{"memory": {"eager_kept": "again"}}, None, None]
+
+
+def test_what_was_measured_again_stands_in_the_baseline_beside_its_run():
+    machine = Machine(0)
+    runs = [results(machine.twice(IDS[:2])) for _ in range(3)]
+    row = results(baseline.merge(runs)[0]).rows[IDS[0]]
+    ratios = [run.rows[IDS[0]]["again"] for run in runs]
+    assert row["runs"]["eager"]["again"] == pytest.approx(
+        [again["peers"]["eager"]["q1"] / again["ours"]["q1"] for again in ratios], rel=1e-4
+    )
+    assert "again" not in row
+    runs[1].rows[IDS[0]].pop("again")
+    assert "again" not in results(baseline.merge(runs)[0]).rows[IDS[0]]["runs"]["eager"]
 
 
 def test_two_runs_are_too_few():
