@@ -1,10 +1,10 @@
 """The gate: has a ratio to a peer of the same run fallen, since the committed baseline, by more than its noise allows?
 
 What is compared is the logarithm of a row's ratio, lower quartile over lower quartile: a burst of somebody else's load has to
-cover three quarters of the rounds to move it. The peer, the row's yardstick, is eager with kept memory where that is
-measured, and else the one whose ratio was the steadiest over the baseline's runs. Noise is known twice: within a run, from its rounds, and from run to run, from the baseline. A few
-runs say little about one row's spread, so it is drawn towards what the row's rounds say times what is common to all rows
-(how much more runs differ than rounds let expect).
+cover three quarters of the rounds to move it. The peer, the row's yardstick, is eager with kept memory where that is measured,
+and else the one whose ratio was the steadiest over the baseline's runs. Noise is known twice: within a run, from its rounds,
+and from run to run, from the baseline. A few runs say little about one row's spread, so it is drawn towards what the row's
+rounds say times what is common to all rows (how much more runs differ than rounds let expect).
 
 Beside every row, all rows of a subject are judged as one, by the mean of their changes: a kernel that got slower shows in
 each of them, and their mean has less noise than any. Where the yardstick is eager with kept memory, the subject is judged

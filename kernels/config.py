@@ -343,8 +343,8 @@ def counterfactual(arch: Architecture, itemsize: int, D: int, M: int, C: int) ->
     # Rows of whole lines of 128 bytes, if there is room.
     shared = stages * (rows * M + classes) * itemsize
     width = next((w for w in (128 // itemsize, 64 // itemsize) if w * shared <= arch.shared_of_program), 16)
-    # Products in float32 are done in registers. Left to itself ptxas spills 36 bytes on sm_90 for a sixth resident program; with
-    # either limit five are resident without a spill. On sm_80 the limits give it 128 registers in place of 96, for four.
+    # Products in float32 are done in registers. Left to itself ptxas spills 36 bytes on sm_90 for a sixth resident program;
+    # with either limit five are resident without a spill. On sm_80 the limits give it 128 registers in place of 96, for four.
     registers = 0 if itemsize == 2 else 128 if 1 < M <= 4 else ALL
     return Config(rows, min(width, max(16, power(D))), 128 // arch.warp, stages, registers, classes=classes)
 

@@ -85,6 +85,24 @@ def test_the_context_holds_in_other_threads(second):
     assert found == ["reference"]
 
 
+def test_contexts_of_two_threads_may_overlap(second):
+    first, other = tiger_fast.use_backend("reference"), tiger_fast.use_backend("cpu")
+    first.__enter__()
+    other.__enter__()
+    first.__exit__(None, None, None)
+    assert backends._forced == "cpu", "the second is still open"
+    other.__exit__(None, None, None)
+    assert backends._forced is None
+
+
+def test_the_context_decorates_a_function_and_may_be_entered_by_each_call(second):
+    @tiger_fast.use_backend("reference")
+    def chosen(depth):
+        return [backends.resolve(None, CPU), *(chosen(depth - 1) if depth else ())]
+
+    assert chosen(2) == ["reference"] * 3 and backends.resolve(None, CPU) == "cpu"
+
+
 @pytest.mark.parametrize("typo", ["referense", "Reference", "tritn", "cuda"])
 def test_unknown_names_are_refused_with_the_nearest(typo, monkeypatch):
     near = {"referense": "reference", "Reference": "reference", "tritn": "triton"}.get(typo)

@@ -8,44 +8,35 @@ What torch.compile or torch.export traces has none of its own; the operators tha
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.profiler import record_function
 
+from tiger_fast._switch import Switch
+
 _DEFAULT = os.environ.get("TIGER_FAST_NVTX") == "1"
 # Read where ranges begin. A plain global, which torch.compile guards on.
 on = _DEFAULT
-# What the contexts that are open ask for, the last entered last; in threads they need not be left in that order.
-_asked: list["_Asked"] = []
-
-
-@dataclass(eq=False)
-class _Asked:
-    enabled: bool
-
-
 _NVTX = torch.backends.cuda.is_built()
 
 
-@contextmanager
-def profiler_ranges(enabled: bool = True) -> Iterator[None]:
+def _turn(enabled: bool) -> None:
+    global on
+    on = enabled
+
+
+_SWITCH = Switch(_DEFAULT, _turn)
+
+
+def profiler_ranges(enabled: bool = True) -> AbstractContextManager[None]:
     """Within the context ranges are on, or off, in every thread; of several contexts the one entered last counts.
     TIGER_FAST_NVTX=1 puts them on for a process.
 
     The names are `tiger_fast.<function>` for the functions of the contract, `tiger_fast.kernels.<operator>` for what Triton
     runs, forward and backward, `tiger.<phase>` for the parts of a TIGER model, and `trainer.<part>` for a training step's.
     """
-    global on
-    asked = _Asked(enabled)
-    _asked.append(asked)
-    on = enabled
-    try:
-        yield
-    finally:
-        _asked.remove(asked)
-        on = _asked[-1].enabled if _asked else _DEFAULT
+    return _SWITCH.to(enabled)
 
 
 def phase(name: str) -> AbstractContextManager:

@@ -1,14 +1,15 @@
 """The choice of a backend: an argument, else `use_backend`, else TIGER_FAST_BACKEND, else the device's default."""
 
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
 from tiger_fast import _ranges, reference
 from tiger_fast._extras import unknown
+from tiger_fast._switch import Switch
 from tiger_fast._version import __version__
 from tiger_fast.ops import cpu, triton
 
@@ -42,6 +43,14 @@ _DEVICES = {"cpu": ("cpu",), "triton": ("cuda", "cpu") if triton.INTERPRETED els
 
 # Set by use_backend. A plain global, which torch.compile guards on.
 _forced: str | None = None
+
+
+def _force(backend: str | None) -> None:
+    global _forced
+    _forced = backend
+
+
+_SWITCH: Switch[str | None] = Switch(None, _force)
 
 
 def available_backends() -> tuple[str, ...]:
@@ -101,19 +110,14 @@ def select(op: str, backend: str | None, *inputs: Tensor) -> Callable:
     return _ranges.ranged(f"tiger_fast.{op}", implementation) if _ranges.on else implementation
 
 
-@contextmanager
-def use_backend(backend: str) -> Iterator[None]:
-    """Within the context, calls without a `backend=` of their own run on this backend (in every thread).
+def use_backend(backend: str) -> AbstractContextManager[None]:
+    """Within the context, calls without a `backend=` of their own run on this backend, in every thread; of several contexts
+    the one entered last counts.
 
     Raises:
         ValueError: for a name that does not exist or that cannot run here.
     """
-    global _forced
-    previous, _forced = _forced, _check(backend, "use_backend")
-    try:
-        yield
-    finally:
-        _forced = previous
+    return _SWITCH.to(_check(backend, "use_backend"))
 
 
 def show_config() -> str:
