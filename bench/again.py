@@ -1,4 +1,4 @@
-"""Rows measured again for the gate, in a process of its own: no limits and no pytest."""
+"""Rows measured again for the gate, in processes of their own: no limits and no pytest."""
 
 import json
 import os
@@ -7,8 +7,10 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bench import files
+from bench import files, presets, suites
 from bench.gate import KEPT, Again
+from bench.kept import Kept
+from bench.measure import Session
 
 Row = dict[str, Any]
 
@@ -21,42 +23,41 @@ def in_fresh_processes(options: Mapping[str, Any]) -> Again:
         kept = dict.fromkeys(name for name, peer in pairs if peer == KEPT)
         others = dict.fromkeys(name for name, peer in pairs if peer != KEPT)
         peers = ",".join(dict.fromkeys(["eager", *(peer for _, peer in pairs if peer != KEPT)]))
-        rows = _measured({**options, "peers": peers}, list(others), False)
-        for name, row in _measured({**options, "peers": "eager"}, list(kept), True).items():
-            rows[name] = rows.get(name, {}) | row
+        rows = _measured({**options, "peers": peers}, list(others))
+        for name, found in _kept(options, list(kept)).items():
+            rows.setdefault(name, {}).setdefault("memory", {})["eager_kept"] = found
         return rows
 
     return again
 
 
-def _measured(options: Mapping[str, Any], names: Sequence[str], kept: bool) -> dict[str, Row]:
-    from bench.measure import KEPT_MEMORY
-
+def _measured(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Row]:
     if not names:
         return {}
-    environment = {**os.environ, **(KEPT_MEMORY if kept else {})}
-    environment["PYTHONPATH"] = os.pathsep.join([str(files.ROOT), *sys.path])
-    command = [sys.executable, "-m", "bench.again", json.dumps([dict(options), kept]), *names]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(files.ROOT), *sys.path])}
+    command = [sys.executable, "-m", "bench.again", json.dumps(dict(options)), *names]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     # A line a row: what was measured before a crash counts.
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     return {row["id"]: row for row in rows}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """The process: options and ids in, a row a line out. With kept memory a row has that and no more."""
-    from bench import presets, suites
-    from bench.measure import Session, answer, keep
+def _kept(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Row]:
+    if not names:
+        return {}
+    process = Kept(presets.settings(**options))
+    found = {name: process.ask(name) for name in names if not process.ended()}
+    process.close()
+    return {name: row for name, row in found.items() if "error" not in row}
 
-    options, kept = json.loads(arguments[0])
-    settings = presets.settings(**options)
-    if kept:
-        keep(settings)
+
+def main(arguments: Sequence[str]) -> None:
+    """The process: options and ids in, a row a line out."""
+    settings = presets.settings(**json.loads(arguments[0]))
     session = Session(settings, alone=True)
     for name in arguments[1:]:
         try:
-            row = {"id": name, "memory": {"eager_kept": answer(name, settings)}} if kept else None
-            row = row or session.row(suites.find(name, settings))[0]
+            row = session.row(suites.find(name, settings))[0]
         except Exception as problem:  # the others are still to be measured
             print(f"{name}: {problem}", file=sys.stderr)
             continue

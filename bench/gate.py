@@ -50,9 +50,14 @@ KEPT = "eager, kept memory"
 
 
 def observed(row: Row, peer: str) -> tuple[float, float] | None:
-    """(logarithm of the ratio to a peer, its noise by the rounds); None where there is no such ratio."""
-    found = row.get("memory", {}).get("eager_kept", {}) if peer == KEPT else row.get("peers", {}).get(peer, {})
-    ours = found.get("ours") if peer == KEPT else row.get("ours")
+    """(logarithm of the ratio to a peer, its noise by the rounds, with kept memory by the processes); None where there is no
+    such ratio."""
+    if peer == KEPT:
+        values = [math.log(ratio) for ratio in row.get("memory", {}).get("eager_kept", {}).get("processes", ())]
+        if len(values) < 2:
+            return None
+        return statistics.mean(values), max(statistics.stdev(values) / math.sqrt(len(values)), LEAST_NOISE)
+    found, ours = row.get("peers", {}).get(peer, {}), row.get("ours")
     if ours is None or "ratio" not in found:
         return None
     # The interval holds 95 %, which is 1.96 standard deviations on each side.
@@ -246,8 +251,7 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
         found = {peer: c for peer, c in found.items() if name in now and observed(now[name], peer)} or found
         if found:
             rows[name] = found.get(KEPT) or min(found.values(), key=lambda check: check.noise)
-    kept = [name for name, check in rows.items() if check.peers[name] == KEPT]
-    used = {name: peers["eager"][name] for name in kept if name in peers.get("eager", {})}
+    used = {n: peers["eager"][n] for n, check in rows.items() if check.peers[n] == KEPT and n in peers.get("eager", {})}
     result = list(rows.values())
     for some, words in ((rows, ""), (used, ", as used")):
         groups = _subjects(some, then, words)

@@ -1,14 +1,9 @@
 """One benchmark, measured: a row, a dict of plain values that pytest-benchmark's JSON takes as it is."""
 
-import contextlib
 import ctypes
 import gc
-import json
-import os
-import subprocess
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,8 +12,9 @@ import torch
 
 from bench import presets, slowed, timing
 from bench.cases import Cost
+from bench.kept import Kept
 from bench.presets import Settings
-from bench.suites import Benchmark, Built, find
+from bench.suites import Benchmark, Built
 from bench.timing import Plan, Timing
 from tiger_fast.ops.cpu import empty_cache
 
@@ -29,24 +25,6 @@ FLOOR_SECONDS = 5e-6
 SQUARE = {"cpu": (1536, 1536, 1536), "cuda": (8192, 8192, 8192)}
 # What other processes take of the machine changes while the rows are made: limits are measured again after this long.
 LIMITS_SECONDS = 30.0
-# The process with kept memory ends when its resident memory has passed this, and another begins with the next row.
-KEPT_BYTES = 2**30
-# An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
-# on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
-# from memory. Found by trying: each variable alone left eager up to three times slower.
-KEPT_MEMORY = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_TOP_PAD_": str(256 * 2**20),
-    "MALLOC_TRIM_THRESHOLD_": str(2**40),
-    "MALLOC_MMAP_THRESHOLD_": str(2**40),
-    "THP_MEM_ALLOC_ENABLE": "1",
-}
-
-
-def plan_of(settings: Settings, benchmark: Benchmark) -> Plan:
-    """How long a benchmark is measured; a step, which takes long, in fewer rounds."""
-    warmup = min(0.3, settings.seconds / 4)
-    return Plan(warmup=warmup, seconds=settings.seconds, least=9 if benchmark.suite == "ops" else 6)
 
 
 class Session:
@@ -81,7 +59,7 @@ class Session:
         row, settings, built = _header(benchmark, self.settings), self.settings, None
         keeps = settings.device == "cpu" and not self.alone
         try:
-            if short := lack(benchmark, settings, KEPT_BYTES if keeps and self._kept is None else 0):
+            if short := lack(benchmark, settings):
                 return row | {"error": short}, None
             torch.compiler.reset()
             built = benchmark.build(settings)
@@ -113,7 +91,7 @@ class Session:
                 torch.cuda.empty_cache()
 
     def _timed(self, row: Row, benchmark: Benchmark, built: Built, refused: Mapping[str, str]) -> tuple[Row, Timing]:
-        settings, plan = self.settings, plan_of(self.settings, benchmark)
+        settings, plan = self.settings, benchmark.plan(self.settings)
         cuda = settings.device == "cuda"
         calls = {name: call for name, call in built.calls.items() if name not in refused}
         clock = timing.CudaClock(4 * timing.l2_bytes() if built.flush else 0) if cuda else timing.HostClock()
@@ -217,7 +195,7 @@ class Session:
         if self._kept is None:
             self._kept = Kept(self.settings)
         found = self._kept.ask(benchmark.id)
-        if self._kept.ended() or self._kept.resident() > KEPT_BYTES:
+        if self._kept.ended():
             self.close()
         if "error" in found:
             row["notes"].append(f"kept memory: {found['error']}")
@@ -250,14 +228,9 @@ def _header(benchmark: Benchmark, settings: Settings) -> Row:
     }
 
 
-def lack(benchmark: Benchmark, settings: Settings, more: int = 0) -> str | None:
-    """Why a benchmark does not fit into memory, in a line, or None; allocates nothing to find out.
-
-    Args:
-        benchmark, settings: what is to be measured.
-        more: bytes that are taken besides.
-    """
-    needed, there = benchmark.needs(settings) + more, presets.available(settings.device)
+def lack(benchmark: Benchmark, settings: Settings) -> str | None:
+    """Why a benchmark does not fit into memory, in a line, or None; allocates nothing to find out."""
+    needed, there = benchmark.needs(settings), presets.available(settings.device)
     if there is None or needed <= there:
         return None
     return (
@@ -317,16 +290,16 @@ def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
         return None
 
 
-def resident(field: str, process: int | str = "self") -> int:
-    """Bytes of a field of /proc/PROCESS/status: "VmRSS" now, "VmHWM" the peak.
+def resident(field: str) -> int:
+    """Bytes of a field of /proc/self/status: "VmRSS" now, "VmHWM" the peak.
 
     Raises:
         OSError, RuntimeError: on a system that does not have it.
     """
-    for line in Path(f"/proc/{process}/status").read_text().splitlines():
+    for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"this system's /proc/{process}/status has no {field}")
+    raise RuntimeError(f"this system's /proc/self/status has no {field}")
 
 
 def _trim() -> None:
@@ -334,95 +307,3 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except AttributeError:  # not glibc
         pass
-
-
-# -- reused memory -----------------------------------------------------------------------------------------------------
-
-
-class Kept:
-    """A process in which glibc keeps all memory, for eager and ours once more: what is left of the ratio without the page
-    faults of fresh outputs, which the backend's kept buffers do not have either. It waits while it is not asked.
-
-    Args:
-        settings: of the run.
-    """
-
-    def __init__(self, settings: Settings) -> None:
-        options = {
-            "preset": settings.name,
-            "shape": ",".join(f"{k}={v}" for k, v in settings.changes.items()),
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "backend": settings.backend,
-            "seconds": settings.seconds,
-            "peers": "eager",
-        }
-        command = [sys.executable, "-m", "bench.measure", json.dumps(options)]
-        environment = {**os.environ, **KEPT_MEMORY, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def ask(self, name: str) -> Row:
-        """Eager's timing and its ratio to ours, both with kept memory; {"error": why} where there is none."""
-        try:
-            print(name, file=self._process.stdin, flush=True)
-            return json.loads(self._process.stdout.readline())
-        except (OSError, ValueError):
-            self.close()
-            return {"error": f"the process that measures it has ended ({self._process.returncode})"}
-
-    def ended(self) -> bool:
-        """Whether the process is no more."""
-        return self._process.poll() is not None
-
-    def resident(self) -> int:
-        """Bytes of memory that it holds; 0 on a system that does not say."""
-        try:
-            return resident("VmRSS", self._process.pid)
-        except (OSError, RuntimeError):
-            return 0
-
-    def close(self) -> None:
-        """Ends the process, if it has not ended."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
-def keep(settings: Settings) -> None:
-    """Makes this process, begun in an environment of `KEPT_MEMORY`, the one that the settings ask for."""
-    if settings.preset.kept_threads:
-        torch.set_num_threads(settings.preset.kept_threads)
-
-
-def answer(name: str, settings: Settings) -> Row:
-    """What `Kept.ask` is answered: eager, with its ratio to ours, and ours and the number of threads beside it."""
-    benchmark = find(name, settings)
-    built = benchmark.build(settings)
-    ours = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
-    timings = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan_of(settings, benchmark))
-    threads = torch.get_num_threads()
-    return _against(timings, timings["ours"])["eager"] | {"ours": timings["ours"].summary(), "threads": threads}
-
-
-def serve(arguments: Sequence[str]) -> None:
-    """The process behind `Kept`: an id a line in, a row a line out."""
-    settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
-    keep(settings)
-    for line in sys.stdin:
-        try:
-            found = answer(line.strip(), settings)
-        except Exception as problem:
-            found = {"error": timing.raised(problem)}
-        print(json.dumps(found), flush=True)
-
-
-if __name__ == "__main__":
-    serve(sys.argv[1:])

@@ -11,6 +11,7 @@ from bench import models, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, TOLERANCES, Case, Cost, Sizes, size
 from bench.peers import compiled, peers, takes_part
 from bench.presets import Settings, parse_shape, peak
+from bench.timing import Plan
 from tiger_fast._extras import unknown
 
 SUITES = ("ops", "models", "scaling")
@@ -92,6 +93,11 @@ class Benchmark:
     def backend(self, settings: Settings) -> str:
         """The backend of ours."""
         return settings.backend_of(self.subject if self.subject in OPS else "route")
+
+    def plan(self, settings: Settings) -> Plan:
+        """How long it is measured; a step, which takes long, in fewer rounds."""
+        warmup = min(0.3, settings.seconds / 4)
+        return Plan(warmup=warmup, seconds=settings.seconds, least=9 if self.suite == "ops" else 6)
 
     def needs(self, settings: Settings) -> int:
         """Bytes of memory that measuring takes: what the eager reference does, arguments, temporaries and results, with the

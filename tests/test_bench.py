@@ -17,7 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench import grid, measure, models, once, peers, presets, suites, table, timing
+from bench import grid, kept, measure, models, once, peers, presets, suites, table, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, Case, Sizes, footprint
 from bench.timing import CudaClock, Plan
 from profiling import cpu_report
@@ -642,10 +642,10 @@ def test_eager_that_raises_in_sixteen_bits_is_a_word_and_the_row_goes_on(session
 
 
 def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(monkeypatch):
-    kept = measure.Kept(presets.settings(device="cpu", shape=TINY))
-    kept._process.kill()
-    assert kept.ask("route/forward") == {"error": "the process that measures it has ended (-9)"} and kept.ended()
-    kept.close()
+    process = kept.Kept(presets.settings(device="cpu", shape=TINY))
+    process._process.kill()
+    assert process.ask("route/forward") == {"error": "the process that measures it has ended (-9)"} and process.ended()
+    process.close()
 
     begun = []
 
@@ -659,20 +659,32 @@ def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(mon
         def ended(self):
             return self is begun[0]
 
-        def resident(self):
-            return measure.KEPT_BYTES + (self is begun[1])
-
         def close(self):
             pass
 
     monkeypatch.setattr(measure, "Kept", Fake)
     settings, benchmark = presets.settings(device="cpu"), suites.Benchmark("route", FORWARD)
     session, rows = measure.Session(settings), []
-    for _ in range(4):
+    for _ in range(3):
         rows.append(measure._header(benchmark, settings))
         session._add_kept(rows[-1], benchmark)
     assert rows[0]["notes"] == ["kept memory: ended"] and all(row["memory"] for row in rows[1:])
-    assert len(begun) == 3  # one died, one had grown, one stays
+    assert len(begun) == 2  # one died, one stays
+
+
+def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_may_end(monkeypatch):
+    settings = presets.settings(device="cpu", shape=TINY, seconds=1e-3)
+    process = kept.Kept(settings)
+    row = process.ask("leave_one_out/forward+backward")
+    assert set(row) == TIMES | {"ratio", "ours", "processes", "threads"}, row
+    assert len(row["processes"]) == kept.PROCESSES and row["rounds"] == row["ours"]["rounds"] >= kept.PROCESSES
+    assert row["ratio"]["value"] == pytest.approx(row["median"] / row["ours"]["median"])
+    assert process.ask("rout/forward")["error"].startswith("raised ValueError: unknown benchmark 'rout'")
+    assert "ratio" in process.ask("step/decode")
+    process.close()
+    monkeypatch.setattr(suites, "find", lambda *_: os._exit(7))
+    with pytest.raises(RuntimeError, match=r"has ended \(7\)"):
+        kept._forked("route/forward", settings, 1)
 
 
 def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(session, monkeypatch):
@@ -775,6 +787,7 @@ def test_pytest_bench_writes_rows_into_the_json_of_pytest_benchmark_and_prints_a
         assert b["stats"]["rounds"] == row["ours"]["rounds"] and b["stats"]["iterations"] == row["ours"]["calls"]
         assert "ratio" in row["memory"]["eager_kept"], row["notes"]
         assert row["memory"]["eager_kept"]["threads"] == presets.PRESETS["smoke"].kept_threads == 1
+        assert len(row["memory"]["eager_kept"]["processes"]) == kept.PROCESSES
         assert f"| {row['id']} " in done.stdout
 
 

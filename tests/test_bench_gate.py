@@ -14,7 +14,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
-from bench_results import IDS, SIZES, SUBJECTS, Machine, document, results, row
+from bench_results import IDS, SIZES, SUBJECTS, Machine, document, results, row, with_kept
 
 from bench import again, baseline, calibrate, compare, files, gate, slowed, timing
 
@@ -156,8 +156,7 @@ def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
     runs = []
     for eager in (5.0, 6.0, 4.0, 7.0, 5.5):
         found = row(IDS[0], timings(1.0, eager=eager))
-        kept = row(IDS[0], timings(2.0, eager=5.0))
-        found["memory"] = {"eager_kept": {**kept["peers"]["eager"], "ours": kept["ours"]}}
+        with_kept(found, row(IDS[0], timings(2.0, eager=5.0)))
         runs.append(results(document([found])))
     then = results(baseline.merge(runs)[0])
     (check,) = gate.checks(then.rows, runs[0].rows)
@@ -180,8 +179,7 @@ def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
     def run(machine, idle):
         rows = [machine.row(name, ("eager",)) for name in IDS if machine.document(())]
         for found in rows:
-            kept = machine.row(found["id"])
-            found["memory"] = {"eager_kept": {**kept["peers"]["eager"], "ours": kept["ours"]}}
+            with_kept(found, machine.row(found["id"]))
             if idle and found["subject"] == "route":
                 found["ours"] = {field: value * idle for field, value in found["ours"].items()}
         return results(document(rows))
@@ -196,19 +194,19 @@ def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
 def test_row_wanted_with_two_peers_is_measured_in_both_kinds_of_process(monkeypatch):
     asked = []
 
-    def measured(options, names, kept):
-        asked.append((options["peers"], names, kept))
-        return {
-            name: {"memory": {"eager_kept": "there"}} if kept else {"peers": "here", "memory": {}} for name in names
-        }
+    def measured(options, names):
+        asked.append((options["peers"], names))
+        return {name: {"peers": "here", "memory": {}} for name in names}
+
+    def kept(options, names):
+        asked.append(names)
+        return dict.fromkeys(names, "there")
 
     monkeypatch.setattr(again, "_measured", measured)
+    monkeypatch.setattr(again, "_kept", kept)
     wanted = [("route/forward", gate.KEPT), ("adapter/forward", "compile"), ("route/forward", "eager")]
     found = again.in_fresh_processes({"preset": "smoke", "peers": None})(wanted)
-    assert asked == [
-        ("eager,compile", ["adapter/forward", "route/forward"], False),
-        ("eager", ["route/forward"], True),
-    ]
+    assert asked == [("eager,compile", ["adapter/forward", "route/forward"]), ["route/forward"]]
     assert found["route/forward"] == {"peers": "here", "memory": {"eager_kept": "there"}}
 
 
@@ -423,7 +421,7 @@ def test_run_for_a_baseline_measures_what_has_kept_memory_again(tmp_path, monkey
     found = changed(Machine(0).document(IDS[:3]), seconds=0.5, backend=None)
     rows = [benchmark["extra_info"] for benchmark in found["benchmarks"]]
     for each in rows[:2]:
-        each["memory"] = {"eager_kept": {**each["peers"]["eager"], "ours": each["ours"]}}
+        with_kept(each, each)
     rows[1]["backend"] = "reference"
 
     def in_fresh_processes(options):
@@ -652,12 +650,8 @@ def test_results_that_are_not_committed_yet_make_no_tree_dirty(tmp_path, monkeyp
 
 
 def test_process_that_fails_measures_nothing():
-    assert (
-        again.in_fresh_processes({"preset": "no such preset"})(
-            [("route/forward", "eager"), ("route/forward", gate.KEPT)]
-        )
-        == {}
-    )
+    measure = again.in_fresh_processes({"preset": "smoke", "device": "cpu", "shape": "B=1,N=2"})
+    assert measure([("no_op/forward", "eager"), ("no_op/forward", gate.KEPT)]) == {}
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------

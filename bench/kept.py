@@ -1,0 +1,161 @@
+"""Eager against ours in processes in which glibc keeps all memory: what is left of a ratio without the page faults of fresh
+outputs, which the backend's kept buffers do not have either.
+
+A row's rounds are taken in several processes, one after the other. Each is forked from one that has imported everything and
+computed nothing, so that a row finds the same heap whatever was measured before it. Where its memory lies differs from process
+to process, and moves a ratio by more than anything that the rounds of one process see.
+"""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from bench import presets, slowed, suites, timing
+from bench.presets import Settings
+from bench.timing import Timing
+
+Row = dict[str, Any]
+
+# Processes for each row; its seconds and its rounds are divided among them.
+PROCESSES = 4
+# An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
+# on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
+# from memory. Found by trying: each variable alone left eager up to three times slower.
+ENVIRONMENT = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_TOP_PAD_": str(256 * 2**20),
+    "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    "MALLOC_MMAP_THRESHOLD_": str(2**40),
+    "THP_MEM_ALLOC_ENABLE": "1",
+}
+
+
+class Kept:
+    """What forks the processes, begun once for many rows. It waits while it is not asked.
+
+    Args:
+        settings: of the run.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        options = {
+            "preset": settings.name,
+            "shape": ",".join(f"{k}={v}" for k, v in settings.changes.items()),
+            "dtype": settings.dtype,
+            "device": settings.device,
+            "backend": settings.backend,
+            "seconds": settings.seconds,
+            "peers": "eager",
+        }
+        command = [sys.executable, "-m", "bench.kept", json.dumps(options)]
+        environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
+        self._process = subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def ask(self, name: str) -> Row:
+        """What `answer` says of a benchmark; {"error": why} where it says nothing."""
+        try:
+            print(name, file=self._process.stdin, flush=True)
+            return json.loads(self._process.stdout.readline())
+        except (OSError, ValueError):
+            self.close()
+            return {"error": f"the process that measures it has ended ({self._process.returncode})"}
+
+    def ended(self) -> bool:
+        """Whether there is nothing left to ask."""
+        return self._process.poll() is not None
+
+    def close(self) -> None:
+        """Ends it, if it has not ended."""
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def answer(found: Sequence[dict[str, Timing]]) -> Row:
+    """Eager's summary and ratio to ours over the rounds of all processes; beside it `ours`, and `processes`, the ratio of each,
+    lower quartile over lower quartile."""
+    every = {
+        name: Timing(tuple(sample for one in found for sample in one[name].samples), found[0][name].calls)
+        for name in ("ours", "eager")
+    }
+    return every["eager"].summary() | {
+        "ratio": asdict(timing.ratio(every["eager"], every["ours"])),
+        "ours": every["ours"].summary(),
+        "processes": [one["eager"].quartiles[0] / one["ours"].quartiles[0] for one in found],
+    }
+
+
+def _forked(name: str, settings: Settings, threads: int) -> dict[str, Timing]:
+    # In a process of its own; what is raised there is raised here.
+    context = multiprocessing.get_context("fork")
+    receive, send = context.Pipe(duplex=False)
+    process = context.Process(target=_child, args=(send, name, settings, threads))
+    process.start()
+    send.close()
+    try:
+        found = receive.recv()
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"a process that measures it has ended ({process.exitcode})") from None
+    process.join()
+    if isinstance(found, str):
+        raise RuntimeError(found)
+    return found
+
+
+def _child(send: Connection, name: str, settings: Settings, threads: int) -> None:
+    try:
+        torch.set_num_threads(threads)
+        benchmark = suites.find(name, settings)
+        calls = benchmark.build(settings).calls
+        ours = slowed.slow(calls["ours"], slowed.factor(benchmark.subject))
+        whole = benchmark.plan(settings)
+        plan = replace(
+            whole,
+            warmup=whole.warmup / PROCESSES,
+            seconds=whole.seconds / PROCESSES,
+            least=math.ceil(whole.least / PROCESSES),
+        )
+        send.send(timing.interleave({"ours": ours, "eager": calls["eager"]}, plan))
+    except Exception as problem:
+        send.send(timing.raised(problem))
+
+
+def serve(arguments: Sequence[str]) -> None:
+    """The process behind `Kept`: an id a line in, a row a line out."""
+    settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
+    threads = settings.preset.kept_threads or torch.get_num_threads()
+    # A pool of threads does not outlive a fork, so none is begun here. What is imported at first use is imported now.
+    torch.set_num_threads(1)
+    small = presets.settings("smoke", device=settings.device, peers="eager")
+    for name in ("route/forward", "router/forward"):
+        suites.find(name, small).build(small)
+    for line in sys.stdin:
+        try:
+            rows = [_forked(line.strip(), settings, threads) for _ in range(PROCESSES)]
+            found = answer(rows) | {"threads": threads}
+        except RuntimeError as problem:
+            found = {"error": str(problem)}
+        print(json.dumps(found), flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1:])
