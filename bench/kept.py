@@ -41,7 +41,7 @@ ENVIRONMENT = {
 
 
 class Kept:
-    """What forks the processes, begun once for many rows. It waits while it is not asked.
+    """What forks the processes, begun once for many rows. It imports for some seconds and then waits while it is not asked.
 
     Args:
         settings: of the run.
@@ -67,9 +67,17 @@ class Kept:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self._ready = False
+
+    def wait(self) -> None:
+        """Until it has imported everything: nothing is to be timed beside that."""
+        if not self._ready:
+            self._process.stdout.readline()
+            self._ready = True
 
     def ask(self, name: str) -> Row:
         """What `answer` says of a benchmark; {"error": why} where it says nothing."""
+        self.wait()
         try:
             print(name, file=self._process.stdin, flush=True)
             return json.loads(self._process.stdout.readline())
@@ -140,7 +148,7 @@ def _child(send: Connection, name: str, settings: Settings, threads: int) -> Non
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """The process behind `Kept`: an id a line in, a row a line out."""
+    """The process behind `Kept`: a line when it is ready; then an id a line in, a row a line out."""
     settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
     threads = settings.preset.kept_threads or torch.get_num_threads()
     # A pool of threads does not outlive a fork, so none is begun here. What is imported at first use is imported now.
@@ -148,6 +156,7 @@ def serve(arguments: Sequence[str]) -> None:
     small = presets.settings("smoke", device=settings.device, peers="eager")
     for name in ("route/forward", "router/forward"):
         suites.find(name, small).build(small)
+    print("ready", flush=True)
     for line in sys.stdin:
         try:
             rows = [_forked(line.strip(), settings, threads) for _ in range(PROCESSES)]
