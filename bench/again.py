@@ -48,6 +48,9 @@ def _kept(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Row]:
     process = Kept(presets.settings(**options))
     found = {name: process.ask(name) for name in names if not process.ended()}
     process.close()
+    for name, row in found.items():
+        if "error" in row:
+            print(f"{name}, kept memory: {row['error']}", file=sys.stderr)
     return {name: row for name, row in found.items() if "error" not in row}
 
 

@@ -54,8 +54,9 @@ DIGITS = 6
 def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
     """One document of several runs, and a line for each row that is not in all of them.
 
-    A row is the one of the run whose ratio was the median, with `runs` beside it: for each peer, the ratios (lower quartile
-    over lower quartile) and the rounds' noise of all runs, and the ratios that were measured again after each, where they were.
+    The rows are of one run, so that its times can be compared with one another: of the one that is nearest to the medians.
+    Beside each is `runs`: for each peer, the ratios (lower quartile over lower quartile) and the rounds' noise of all runs, and
+    the ratios that were measured again after each, where they were.
 
     Raises:
         Unusable: too few runs, or runs that cannot be merged.
@@ -72,14 +73,17 @@ def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
                 raise files.Unusable(
                     f"{run.path}: {name} {new}, and {old} in {runs[0].path}: not the runs of one baseline"
                 )
-    benchmarks, notes = [], []
+    several, notes = [], []
     for name in dict.fromkeys(name for run in runs for name in run.rows):
         found = [run.benchmarks[name] for run in runs if "ours" in run.rows.get(name, {})]
         if len(found) == len(runs) and all(b["extra_info"]["sizes"] == found[0]["extra_info"]["sizes"] for b in found):
-            benchmarks.append(_benchmark(found))
+            several.append(found)
         else:
             notes.append(f"{name}: measured at one size in {len(found)} of {len(runs)} runs, left out")
-    facts = {name: runs[-1].machine[name] for name in KEPT_FACTS if name in runs[-1].machine}
+    beside = [_runs([benchmark["extra_info"] for benchmark in found]) for found in several]
+    chosen = _nearest(beside, len(runs))
+    benchmarks = [_benchmark(found[chosen], ratios) for found, ratios in zip(several, beside)]
+    facts = {name: runs[chosen].machine[name] for name in KEPT_FACTS if name in runs[chosen].machine}
     return _rounded({"machine_info": facts, "benchmarks": benchmarks}), notes
 
 
@@ -102,8 +106,9 @@ def _as_preset(run: Results) -> None:
             raise files.Unusable(f"{run.path}: {name}: {other} is not the preset's: a baseline is made without --shape")
 
 
-def _benchmark(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    rows, runs = [benchmark["extra_info"] for benchmark in found], {}
+def _runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    # What all runs say of a row, by peer.
+    runs = {}
     for peer in (*rows[0]["peers"], gate.KEPT):
         seen = [gate.observed(row, peer) for row in rows]
         if None not in seen:
@@ -111,11 +116,23 @@ def _benchmark(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             second = [gate.observed(row.get("again", {}), peer) for row in rows]
             if None not in second:
                 runs[peer]["again"] = [math.exp(value) for value, _ in second]
-    some = next(iter(runs.values()))["ratio"] if runs else [0.0]
-    chosen = found[some.index(statistics.median_low(some))]
-    stats = {name: value for name, value in chosen["stats"].items() if name != "data"}
-    row = {name: value for name, value in chosen["extra_info"].items() if name != "again"}
-    return {**chosen, "stats": stats, "extra_info": {**row, "runs": runs}}
+    return runs
+
+
+def _nearest(beside: Sequence[Mapping[str, Mapping[str, Sequence[float]]]], runs: int) -> int:
+    # The run whose ratios are, over all rows and peers, the least far from the medians.
+    apart = [0.0] * runs
+    for ratios in (one["ratio"] for peers in beside for one in peers.values()):
+        middle = statistics.median(ratios)
+        for i, ratio in enumerate(ratios):
+            apart[i] += abs(math.log(ratio / middle))
+    return apart.index(min(apart))
+
+
+def _benchmark(benchmark: Mapping[str, Any], runs: Mapping[str, Any]) -> dict[str, Any]:
+    stats = {name: value for name, value in benchmark["stats"].items() if name != "data"}
+    row = {name: value for name, value in benchmark["extra_info"].items() if name != "again"}
+    return {**benchmark, "stats": stats, "extra_info": {**row, "runs": runs}}
 
 
 def _rounded(value: Any) -> Any:
@@ -187,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
             for i, path in enumerate(() if options.merge else paths):
                 print(f"run {i + 1} of {options.runs}", flush=True)
-                if code := run(others, path):
+                code = run(others, path)
+                if not path.exists():
+                    raise files.Unusable(f"run {i + 1} ended with {code} and measured nothing")
+                if code:
                     print(f"run {i + 1} ended with {code}; what it measured counts", file=sys.stderr)
             runs = [files.load(path) for path in paths]
             document, notes = merge(runs)

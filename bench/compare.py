@@ -68,7 +68,10 @@ def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     # In what two rows are not of the same work.
     if old.get("sizes") != new.get("sizes"):
         return "other sizes"
-    return "" if old.get("dtype") == new.get("dtype") else f"{old['dtype']} and {new['dtype']}"
+    for name in ("dtype", "backend"):
+        if old.get(name) != new.get(name):
+            return f"{name} {old.get(name)} then and {new.get(name)} now"
+    return ""
 
 
 def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:

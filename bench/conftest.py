@@ -137,7 +137,9 @@ def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, A
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
-    if config.getoption("bench_gate") and not config.option.collectonly:
+    if config.getoption("bench_gate") and session.exitstatus == pytest.ExitCode.INTERRUPTED:
+        config.stash[VERDICT] = "gate: not judged, the run was interrupted"
+    elif config.getoption("bench_gate") and not config.option.collectonly:
         rows = {row["id"]: row for row in config.stash[ROWS]}
         now = files.Results(Path("this run"), config.stash[FACTS], {}, rows)
         measure = again.in_fresh_processes(config.stash[OPTIONS])
@@ -150,7 +152,8 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
     if rows := config.stash[ROWS]:
         settings = config.stash[SESSION].settings
-        terminalreporter.section(f"bench, preset {settings.name}, {settings.dtype} on {settings.device}")
+        changes = "".join(f", {size}={value}" for size, value in settings.changes.items())
+        terminalreporter.section(f"bench, preset {settings.name}{changes}, {settings.dtype} on {settings.device}")
         facts = config.stash[FACTS]
         busy = facts["load"][0] > facts["cores"] / 4
         notes = ["BUSY when this began: what other processes take is in every number below"] if busy else []

@@ -11,6 +11,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+# Of a row with times.
+ROW = {"preset", "subject", "direction", "variant", "sizes", "dtype", "device", "backend", "peers"}
 
 
 class Unusable(Exception):
@@ -60,9 +62,24 @@ def results(document: Any, path: Path = Path("this run")) -> Results:
         found = {b["extra_info"].get("id", b["fullname"]): b for b in document["benchmarks"]}
         rows = {name: b["extra_info"] for name, b in found.items() if "id" in b["extra_info"]}
         rows |= {row["id"]: row for row in document.get("not_measured", ())}
-        return Results(path, document["machine_info"], found, rows)
-    except (AttributeError, KeyError, TypeError):
+        for row in rows.values():
+            _whole(row)
+        return Results(path, dict(document["machine_info"]), found, rows)
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise Unusable(f"{path}: not a result of pytest-benchmark (--benchmark-json)") from None
+
+
+def _whole(row: Mapping[str, Any]) -> None:
+    # KeyError, TypeError or AttributeError where a row that was measured lacks what everyone reads.
+    if "ours" not in row:
+        return
+    lacks = ROW - row.keys()
+    for time in (row["ours"], *(peer for peer in row["peers"].values() if "ratio" in peer)):
+        lacks |= {"median", "q1"} - time.keys()
+    for runs in row.get("runs", {}).values():
+        lacks |= {"ratio", "noise"} - runs.keys()
+    if lacks:
+        raise KeyError(*lacks)
 
 
 def measured(found: Results) -> dict[str, Mapping[str, Any]]:
@@ -86,7 +103,7 @@ def differences(then: Results, now: Results) -> list[str]:
     """A line for each fact that ratios depend on and that differs between two files."""
     lines = []
     facts = {"device": (then.device, now.device)}
-    for name in ("driver", "torch", "triton", "compiler", "threads", "seconds"):
+    for name in ("driver", "torch", "triton", "compiler", "threads", "seconds", "allocator", "huge_pages", "slowed"):
         facts[name] = (then.machine.get(name), now.machine.get(name))
     for name, (old, new) in facts.items():
         if old != new:

@@ -2,7 +2,8 @@
 
 What is compared is the logarithm of a row's ratio, lower quartile over lower quartile: a burst of somebody else's load has to
 cover three quarters of the rounds to move it. The peer, the row's yardstick, is eager with kept memory where that is measured,
-and else the one whose ratio was the steadiest over the baseline's runs. Noise is known twice: within a run, from its rounds,
+as the mean over its processes, of which a burst may cover one; and else the one whose ratio was the steadiest over the
+baseline's runs. Noise is known twice: within a run, from its rounds,
 and from run to run, from the baseline. A few runs say little about one row's spread, so it is drawn towards what the row's
 rounds say times what is common to all rows (how much more runs differ than rounds let expect).
 
@@ -25,6 +26,7 @@ from typing import Any
 
 from bench import files
 from bench.files import Results
+from bench.timing import student
 
 # The slow-down to notice, and how surely. A check whose noise is too large for it says what it notices instead.
 NOTICED, POWER = math.log(1.10), 0.95
@@ -63,23 +65,6 @@ def observed(row: Row, peer: str) -> tuple[float, float] | None:
     # The interval holds 95 %, which is 1.96 standard deviations on each side.
     noise = math.log(found["ratio"]["high"] / found["ratio"]["low"]) / (2 * 1.96)
     return math.log(found["q1"] / ours["q1"]), max(noise, LEAST_NOISE)
-
-
-def student(probability: float, free: int) -> float:
-    """The quantile, for a probability of a half or more, of Student's t with so many degrees of freedom."""
-    low, high = 0.0, math.pi / 2
-    for _ in range(60):
-        angle = (low + high) / 2
-        # The distribution's finite sum for whole degrees, in the angle whose tangent is t / sqrt(free).
-        term, total = (math.cos(angle), 0.0) if free % 2 else (1.0, 0.0)
-        for i in range(1 + free % 2, free, 2):
-            total += term
-            term *= math.cos(angle) ** 2 * i / (i + 1)
-        inside = math.sin(angle) * total
-        if free % 2:
-            inside = (angle + inside) * 2 / math.pi
-        low, high = (low, angle) if (1 + inside) / 2 > probability else (angle, high)
-    return math.sqrt(free) * math.tan(low)
 
 
 def median_noise(count: int) -> float:
@@ -237,7 +222,8 @@ class Check:
 def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
     """Every row of the baseline that is measured now, then every subject with several rows, all of them measured now.
 
-    Allowances count all rows of the baseline, so that a selection of rows is judged as they are in a whole run.
+    Allowances count all rows of the baseline, so that a selection of rows is judged as they are in a whole run, but for how
+    noisy rounds are now, of which a few rows say little.
     """
     peers: dict[str, dict[str, Check]] = {}
     for name, row in then.items():
@@ -268,8 +254,9 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
 def _learn(some: Sequence[Check]) -> None:
     # Their noise, from what all of them say.
     found = [check.then for check in some]
+    share = lasting(found)
     for check, noise in zip(some, noises(found)):
-        check.noise, check.lasting = noise, lasting(found)
+        check.noise, check.lasting = noise, share
 
 
 def _subjects(rows: Mapping[str, Check], then: Mapping[str, Row], words: str) -> list[Check]:

@@ -11,6 +11,7 @@ import json
 import math
 import multiprocessing
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ Row = dict[str, Any]
 
 # Processes for each row; its seconds and its rounds are divided among them.
 PROCESSES = 4
+# One that says nothing for so long, and 20 times the seconds of a measurement, is ended.
+STUCK_SECONDS = 600.0
 # An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
 # on huge pages (torch's own switch asks for them too, for what it allocates): eager PyTorch with nothing left to gain
 # from memory. Found by trying: each variable alone left eager up to three times slower.
@@ -48,16 +51,7 @@ class Kept:
     """
 
     def __init__(self, settings: Settings) -> None:
-        options = {
-            "preset": settings.name,
-            "shape": ",".join(f"{k}={v}" for k, v in settings.changes.items()),
-            "dtype": settings.dtype,
-            "device": settings.device,
-            "backend": settings.backend,
-            "seconds": settings.seconds,
-            "peers": "eager",
-        }
-        command = [sys.executable, "-m", "bench.kept", json.dumps(options)]
+        command = [sys.executable, "-m", "bench.kept", json.dumps(settings.options() | {"peers": "eager"})]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
         self._process = subprocess.Popen(
             command,
@@ -98,27 +92,33 @@ class Kept:
 
 
 def answer(found: Sequence[dict[str, Timing]]) -> Row:
-    """Eager's summary and ratio to ours over the rounds of all processes; beside it `ours`, and `processes`, the ratio of each,
-    lower quartile over lower quartile."""
+    """Eager's summary over the rounds of all processes; beside it `ours`; `processes`, the ratio to ours in each, lower
+    quartile over lower quartile; and their geometric mean, with a 95 % interval from how much they differ (Student's t)."""
     every = {
         name: Timing(tuple(sample for one in found for sample in one[name].samples), found[0][name].calls)
         for name in ("ours", "eager")
     }
+    logs = [math.log(one["eager"].quartiles[0] / one["ours"].quartiles[0]) for one in found]
+    middle, count = statistics.mean(logs), len(logs)
+    half = timing.student(0.975, count - 1) * statistics.stdev(logs) / math.sqrt(count)
+    ratio = timing.Ratio(*(math.exp(value) for value in (middle, middle - half, middle + half)), certain=True)
     return every["eager"].summary() | {
-        "ratio": asdict(timing.ratio(every["eager"], every["ours"])),
+        "ratio": asdict(ratio),
         "ours": every["ours"].summary(),
-        "processes": [one["eager"].quartiles[0] / one["ours"].quartiles[0] for one in found],
+        "processes": [math.exp(value) for value in logs],
     }
 
 
-def _forked(name: str, settings: Settings, threads: int) -> dict[str, Timing]:
+def _forked(name: str, settings: Settings, threads: int, checks: bool) -> dict[str, Timing]:
     # In a process of its own; what is raised there is raised here.
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(send, name, settings, threads))
+    process = context.Process(target=_child, args=(send, name, settings, threads, checks))
     process.start()
     send.close()
     try:
+        if not receive.poll(STUCK_SECONDS + 20 * settings.seconds):
+            process.kill()
         found = receive.recv()
     except EOFError:
         process.join()
@@ -129,12 +129,12 @@ def _forked(name: str, settings: Settings, threads: int) -> dict[str, Timing]:
     return found
 
 
-def _child(send: Connection, name: str, settings: Settings, threads: int) -> None:
+def _child(send: Connection, name: str, settings: Settings, threads: int, checks: bool) -> None:
     try:
         torch.set_num_threads(threads)
         benchmark = suites.find(name, settings)
-        calls = benchmark.build(settings).calls
-        ours = slowed.slow(calls["ours"], slowed.factor(benchmark.subject))
+        built = benchmark.build(settings)
+        ours = built.calls["ours"] = slowed.slow(built.calls["ours"], slowed.factor(benchmark.subject))
         whole = benchmark.plan(settings)
         plan = replace(
             whole,
@@ -142,14 +142,17 @@ def _child(send: Connection, name: str, settings: Settings, threads: int) -> Non
             seconds=whole.seconds / PROCESSES,
             least=math.ceil(whole.least / PROCESSES),
         )
-        send.send(timing.interleave({"ours": ours, "eager": calls["eager"]}, plan))
+        found = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan)
+        # Afterwards, so that what a comparison leaves in the heap is in no time.
+        refused = built.check()[1] if checks else {}
+        send.send(f"ours {refused['ours']}" if "ours" in refused else found)
     except Exception as problem:
         send.send(timing.raised(problem))
 
 
 def serve(arguments: Sequence[str]) -> None:
     """The process behind `Kept`: a line when it is ready; then an id a line in, a row a line out."""
-    settings = presets.settings(**{k: v or None for k, v in json.loads(arguments[0]).items()})
+    settings = presets.settings(**json.loads(arguments[0]))
     threads = settings.preset.kept_threads or torch.get_num_threads()
     # A pool of threads does not outlive a fork, so none is begun here. What is imported at first use is imported now.
     torch.set_num_threads(1)
@@ -159,7 +162,7 @@ def serve(arguments: Sequence[str]) -> None:
     print("ready", flush=True)
     for line in sys.stdin:
         try:
-            rows = [_forked(line.strip(), settings, threads) for _ in range(PROCESSES)]
+            rows = [_forked(line.strip(), settings, threads, i == 0) for i in range(PROCESSES)]
             found = answer(rows) | {"threads": threads}
         except RuntimeError as problem:
             found = {"error": str(problem)}

@@ -176,6 +176,18 @@ class Settings:
         check(found)
         return found
 
+    def options(self) -> dict[str, Any]:
+        """What `settings` makes the same of, but for the peers; plain values."""
+        return {
+            "preset": self.name,
+            "shape": ",".join(f"{name}={value}" for name, value in self.changes.items()) or None,
+            "dtype": self.dtype,
+            "device": self.device,
+            "backend": self.backend,
+            "seconds": self.seconds,
+            "max_autotune": self.max_autotune,
+        }
+
     @property
     def torch_dtype(self) -> torch.dtype:
         """The type of activations."""

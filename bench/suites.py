@@ -36,8 +36,8 @@ class Built:
     Attributes:
         calls: by name, "ours" first, then those of the peers that are there, "eager" among them.
         missing: why by name, for those that are not.
-        beside: what is timed in the same rounds and compared with nobody: "none", ours of a step without the counterfactual
-            loss.
+        beside: what is timed in the same rounds and compared with nobody: "none", for a step with the counterfactual loss ours
+            without.
         tolerance: what outputs may differ by.
         difference: of two results.
         truth: what makes the right ones, where it is not eager.
@@ -56,6 +56,12 @@ class Built:
     small: timing.Call | None = None
     flush: bool = False
     beside: dict[str, timing.Call] = field(default_factory=dict)
+
+    def check(self) -> tuple[dict[str, float], dict[str, str]]:
+        """`timing.check` of its calls."""
+        return timing.check(
+            self.calls, reference="eager", tolerance=self.tolerance, difference=self.difference, truth=self.truth
+        )
 
 
 @dataclass(frozen=True)
@@ -131,7 +137,9 @@ class Benchmark:
 
     def _models(self, settings: Settings) -> list[models.Model]:
         # A step has one without the counterfactual loss beside it.
-        directions = (self.direction, "none") if self.subject == "step" else (self.direction,)
+        directions = [self.direction]
+        if self.subject == "step" and self.direction != "none":
+            directions.append("none")
         return [models.Model(self.subject, direction, self.sizes(settings), settings) for direction in directions]
 
     def _compiles(self, settings: Settings) -> bool:

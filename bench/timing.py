@@ -127,6 +127,23 @@ def median_interval(values: Iterable[float]) -> tuple[float, float, bool]:
     return (ordered[rank - 1], ordered[n - rank], True) if rank else (ordered[0], ordered[-1], False)
 
 
+def student(probability: float, free: int) -> float:
+    """The quantile, for a probability of a half or more, of Student's t with so many degrees of freedom."""
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        angle = (low + high) / 2
+        # The distribution's finite sum for whole degrees, in the angle whose tangent is t / sqrt(free).
+        term, total = (math.cos(angle), 0.0) if free % 2 else (1.0, 0.0)
+        for i in range(1 + free % 2, free, 2):
+            total += term
+            term *= math.cos(angle) ** 2 * i / (i + 1)
+        inside = math.sin(angle) * total
+        if free % 2:
+            inside = (angle + inside) * 2 / math.pi
+        low, high = (low, angle) if (1 + inside) / 2 > probability else (angle, high)
+    return math.sqrt(free) * math.tan(low)
+
+
 def ratio(peer: Timing, ours: Timing) -> Ratio:
     """Peer's time over ours, from the same interleaved measurement."""
     low, high, certain = median_interval(p / o for p, o in zip(peer.samples, ours.samples, strict=True))
@@ -317,18 +334,20 @@ def host_seconds(call: Call, synchronize: Call, rounds: int = 20) -> float:
 def error(outputs: Any, expected: Any) -> float:
     """The largest difference of two results of a call, relative to the largest value of the tensor it is in.
 
-    Infinite where the results differ in structure, shape or type, or where one has a NaN and the other has none.
+    Infinite where there is no tensor to compare, where the results differ in structure, shape or type, or where one has a NaN
+    and the other has none.
     """
     ours, theirs = _tensors(outputs), _tensors(expected)
     if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
         return math.inf
-    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=0.0)
+    return max((_difference(a, b) for a, b in zip(ours, theirs, strict=True)), default=math.inf)
 
 
 def _tensors(value: Any) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value.detach()]
-    return [t for part in value for t in _tensors(part)] if isinstance(value, (tuple, list)) else []
+    parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, (tuple, list)) else ()
+    return [t for part in parts for t in _tensors(part)]
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:

@@ -69,6 +69,8 @@ def parse(text: str) -> Counters:
             values[event] = float(cells[0])
         except ValueError:  # <not supported>, <not counted>
             lacking.append(event)
+    if calls < 1:
+        raise ValueError(f"it is of {calls} calls")
     if not values and not lacking:
         raise ValueError("there is no line of `perf stat -x,` in it")
     return Counters(values, tuple(lacking), calls, roofline.synthetic(text))
@@ -83,6 +85,7 @@ def count(call: Callable[[], Any], calls: int, path: Path) -> str | None:
     asked, ask = os.pipe()
     answered, answer = os.pipe()
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # an earlier run's, which are not to be taken for this one's
     command = ["perf", "stat", "-x", ",", "-D", "-1", "-e", ",".join(EVENTS), "--control", f"fd:{asked},{answer}"]
     with subprocess.Popen(
         [*command, "-p", str(os.getpid()), "-o", str(path)],
@@ -177,7 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 1 for an id that there is not, 2 for one that does not fit into memory."""
     parser = argparse.ArgumentParser(prog="python -m profiling.cpu_report", description=__doc__)
     parser.add_argument("id", help="a benchmark, as `python -m bench list` names it")
-    parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="design")
+    parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="design", help="default: design")
     parser.add_argument("--shape", help="sizes that differ: B=8,N=4096")
     parser.add_argument("--dtype", choices=presets.DTYPES)
     parser.add_argument("--backend", help="of ours (default: cpu where it is native)")

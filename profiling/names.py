@@ -116,7 +116,7 @@ def _without_memory(given: Any) -> Any:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The ids, and what was handed to `bench once` with them."""
     parser.add_argument("ids", nargs="*", metavar="ID", help="benchmarks, as `python -m bench list` names them")
-    parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="gpu")
+    parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="gpu", help="default: gpu")
     parser.add_argument("--shape", help="sizes that differ: B=8,N=4096")
     parser.add_argument("--dtype", choices=presets.DTYPES)
 

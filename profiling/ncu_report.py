@@ -307,6 +307,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--png", type=Path, help="of the roofline (default: beside FILE)")
     options = parser.parse_intermixed_args(arguments)
     try:
+        if options.repeat < 1:
+            raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
         recording = read(options.file)
         uses = [use for benchmark, settings in names.chosen(options) for use in names.uses_of(benchmark, settings)]
     except (OSError, ValueError) as problem:

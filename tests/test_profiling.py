@@ -400,6 +400,8 @@ def test_counters_give_bytes_of_a_call_and_say_that_they_are_no_real_run(monkeyp
 def test_what_is_no_output_of_perf_is_refused():
     with pytest.raises(ValueError, match="perf stat"):
         cpu_report.parse("cycles: many\n")
+    with pytest.raises(ValueError, match="0 calls"):
+        cpu_report.parse("100,,cycles,1,100.00,,\n# calls: 0\n")
 
 
 def test_without_perf_the_reason_is_given(monkeypatch, tmp_path):
@@ -411,6 +413,8 @@ def test_a_perf_that_refuses_is_quoted_and_does_not_hang(monkeypatch, tmp_path):
     (tmp_path / "perf").write_text("#!/bin/sh\necho 'no access to performance counters' >&2\nexit 1\n")
     (tmp_path / "perf").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    # What an earlier run counted is not this one's.
+    (tmp_path / "perf.csv").write_text("100,,cycles,1,100.00,,\n")
     why = cpu_report.count(lambda: None, 1, tmp_path / "perf.csv")
     assert why == "perf stat counted nothing: no access to performance counters"
 
