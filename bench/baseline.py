@@ -11,11 +11,13 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from bench import files, gate, slowed
 from bench.again import in_fresh_processes
@@ -187,6 +189,23 @@ def write(document: Mapping[str, Any], folder: Path) -> list[Path]:
     return paths
 
 
+def _made(count: int, options: Sequence[str]) -> list[Path]:
+    # So many new runs' files, which stay, since hours may be in them.
+    folder = files.ROOT / "runs" / "baseline" / time.strftime("%Y%m%d-%H%M%S")
+    folder.mkdir(parents=True)
+    paths = [folder / f"run-{i + 1}.json" for i in range(count)]
+    for i, path in enumerate(paths):
+        print(f"run {i + 1} of {count}: {path}", flush=True)
+        code = run(options, path)
+        if not path.exists():
+            raise files.Unusable(f"run {i + 1} ended with {code} and measured nothing")
+        if code == pytest.ExitCode.INTERRUPTED:
+            raise KeyboardInterrupt
+        if code:
+            print(f"run {i + 1} ended with {code}; what it measured counts", file=sys.stderr)
+    return paths
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m bench baseline", description=__doc__)
@@ -200,21 +219,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(word.partition("=")[0] == "--shape" for word in others):
             raise files.Unusable("a baseline is of a preset as it is, without --shape")
         _enough(len(options.merge) if options.merge else options.runs)
-        with tempfile.TemporaryDirectory() as folder:
-            paths = options.merge or [Path(folder) / f"run-{i}.json" for i in range(options.runs)]
-            for i, path in enumerate(() if options.merge else paths):
-                print(f"run {i + 1} of {options.runs}", flush=True)
-                code = run(others, path)
-                if not path.exists():
-                    raise files.Unusable(f"run {i + 1} ended with {code} and measured nothing")
-                if code:
-                    print(f"run {i + 1} ended with {code}; what it measured counts", file=sys.stderr)
-            runs = [files.load(path) for path in paths]
-            document, notes = merge(runs)
+        runs = [files.load(path) for path in options.merge or _made(options.runs, others)]
+        document, notes = merge(runs)
         written = write(document, options.out)
     except files.Unusable as problem:
         print(problem, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; --merge takes the runs that are whole", file=sys.stderr)
+        return 130
     for line in [*files.warnings(runs[0]), *notes, *(f"wrote {path}" for path in written)]:
         print(line)
     return 0 if written else 1

@@ -34,7 +34,9 @@ CONTRACT = (
     "the device still works on something else, for twice as long as the host takes to launch the sample; ops rotate through up "
     "to 64 copies of their arguments, as many as fill four L2 caches, and everyone's are replayed from CUDA graphs, each copy "
     "with outputs of its own, where one's call is under twice its host time; models: one call a sample, the L2 flushed before. "
-    "Warm-up is by time. Limits (copy bandwidth, library product) are measured in the same run, best rounds."
+    "Warm-up is by time. Limits (copy bandwidth, library product) are measured in the same run, best rounds. With kept memory: "
+    "ours and eager again in four processes, one by one, whose allocator returns nothing; the ratio is the geometric mean "
+    "of theirs, lower quartile over lower quartile, with Student's 95 % interval over the four."
 )
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -467,6 +467,22 @@ def test_run_for_a_baseline_measures_what_has_kept_memory_again(tmp_path, monkey
     assert again == [{"memory": {"eager_kept": "again"}}, None, None]
 
 
+def test_an_interrupted_baseline_keeps_its_runs_and_says_so(tmp_path, monkeypatch, capsys):
+    codes = iter([0, 2])
+
+    def run(_, path):
+        path.write_text("{}")
+        return next(codes)
+
+    monkeypatch.setattr(baseline.files, "ROOT", tmp_path)
+    monkeypatch.setattr(baseline, "run", run)
+    assert baseline.main(["--runs", "3"]) == 130
+    said = capsys.readouterr()
+    assert "--merge takes the runs that are whole" in said.err
+    made = sorted((tmp_path / "runs" / "baseline").glob("*/run-*.json"))
+    assert [path.name for path in made] == ["run-1.json", "run-2.json"] and str(made[0]) in said.out
+
+
 def test_what_was_measured_again_stands_in_the_baseline_beside_its_run():
     machine = Machine(0)
     runs = [results(machine.twice(IDS[:2])) for _ in range(3)]
