@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from bench import files, presets, suites
-from bench.gate import KEPT, Again
+from bench.files import KEPT
+from bench.gate import Again
 from bench.kept import Kept
 from bench.measure import Session
 

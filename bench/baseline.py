@@ -111,7 +111,7 @@ def _as_preset(run: Results) -> None:
 def _runs(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, list[float]]]:
     # What all runs say of a row, by peer.
     runs = {}
-    for peer in (*rows[0]["peers"], gate.KEPT):
+    for peer in (*rows[0]["peers"], files.KEPT):
         seen = [gate.observed(row, peer) for row in rows]
         if None not in seen:
             runs[peer] = {"ratio": [math.exp(value) for value, _ in seen], "noise": [noise for _, noise in seen]}
@@ -168,7 +168,7 @@ def _measure_again(found: dict[str, Any]) -> None:
     asked = {name: found["machine_info"][name] for name in ("seconds", "backend")}
     for (preset, dtype, device), rows in kinds.items():
         again = in_fresh_processes({"preset": preset, "dtype": dtype, "device": device, **asked})
-        measured = again((row["id"], gate.KEPT) for row in rows)
+        measured = again((row["id"], files.KEPT) for row in rows)
         for row in rows:
             if row["id"] in measured:
                 row["again"] = measured[row["id"]]

@@ -46,8 +46,9 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
             notes.append(f"{name}: {difference}, not compared")
             continue
         found = {}
-        for peer, then_peer in old[name]["peers"].items():
-            now_peer = new[name]["peers"].get(peer, {})
+        now_peers = _peers(new[name])
+        for peer, then_peer in _peers(old[name]).items():
+            now_peer = now_peers.get(peer, {})
             if "ratio" in then_peer and "ratio" in now_peer:
                 found[peer] = Change(name, peer, _interval(then_peer["ratio"]), _interval(now_peer["ratio"]))
         if found:
@@ -64,14 +65,17 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
     return sorted(changes, key=lambda change: (change.factor, change.name)), notes
 
 
+def _peers(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return row["peers"] | {files.KEPT: row.get("memory", {}).get("eager_kept") or {}}
+
+
 def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     # In what two rows are not of the same work.
-    if old.get("sizes") != new.get("sizes"):
-        return "other sizes"
-    for name in ("dtype", "backend"):
-        if old.get(name) != new.get(name):
-            return f"{name} {old.get(name)} then and {new.get(name)} now"
-    return ""
+    sides = [{**row.get("sizes", {}), "dtype": row.get("dtype"), "backend": row.get("backend")} for row in (old, new)]
+    then, now = (
+        ", ".join(f"{n}={side.get(n)}" for n in side if side[n] != other.get(n)) for side, other in (sides, sides[::-1])
+    )
+    return f"{then} then and {now} now" if then or now else ""
 
 
 def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
@@ -137,7 +141,7 @@ def _table(changes: Sequence[Change], cell: Any) -> str:
         moved = ("slower" if change.factor < 1 else "faster") if change.moved else "within noise"
         values = cell(change.then), cell(change.now)
         cells.append((change.name, change.peer or "", *values, f"{change.factor - 1:+.1%}", moved))
-    return files.align(cells)
+    return "\n".join(files.table(cells))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

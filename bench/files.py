@@ -11,6 +11,9 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "bench" / "results"
+# Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
+# whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
+KEPT = "eager, kept memory"
 # Of a row with times.
 ROW = {"preset", "subject", "direction", "variant", "sizes", "dtype", "device", "backend", "peers"}
 
@@ -116,7 +119,8 @@ def same_contract(then: Results, now: Results) -> bool:
     return then.machine.get("contract_version") == now.machine.get("contract_version")
 
 
-def align(cells: Sequence[Sequence[str]]) -> str:
-    """Rows of words as columns."""
+def table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a Markdown table in columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*cells)]
-    return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in cells)
+    found = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
+    return [found[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *found[1:]]

@@ -3,9 +3,9 @@
 What is compared is the logarithm of a row's ratio, lower quartile over lower quartile: a burst of somebody else's load has to
 cover three quarters of the rounds to move it. The peer, the row's yardstick, is eager with kept memory where that is measured,
 as the mean over its processes, of which a burst may cover one; and else the one whose ratio was the steadiest over the
-baseline's runs. Noise is known twice: within a run, from its rounds,
-and from run to run, from the baseline. A few runs say little about one row's spread, so it is drawn towards what the row's
-rounds say times what is common to all rows (how much more runs differ than rounds let expect).
+baseline's runs. Noise is known twice: within a run, from its rounds, and from run to run, from the baseline. A few runs say
+little about one row's spread, so it is drawn towards what the row's rounds say times what is common to all rows (how much more
+runs differ than rounds let expect).
 
 Beside every row, all rows of a subject are judged as one, by the mean of their changes: a kernel that got slower shows in
 each of them, and their mean has less noise than any. Where the yardstick is eager with kept memory, the subject is judged
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import files
-from bench.files import Results
+from bench.files import KEPT, Results
 from bench.timing import student
 
 # The slow-down to notice, and how surely. A check whose noise is too large for it says what it notices instead.
@@ -40,15 +40,14 @@ PASSES = 5
 COMMON_RUNS = 4
 # Ratios of rounds that agree better than this agree by chance, or by the clock's resolution.
 LEAST_NOISE = 1e-3
+# How the name of a check ends that is by eager with the run's threads and fresh memory.
+AS_USED = ", as used"
 # Fewer runs say nothing about the noise between them.
 LEAST_RUNS = 3
 
 Row = Mapping[str, Any]
 # Measures rows again: ids, each with a yardstick -> rows by id; what failed is left out.
 Again = Callable[[Iterable[tuple[str, str]]], Mapping[str, Row]]
-# Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
-# whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
-KEPT = "eager, kept memory"
 
 
 def observed(row: Row, peer: str) -> tuple[float, float] | None:
@@ -239,7 +238,7 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
             rows[name] = found.get(KEPT) or min(found.values(), key=lambda check: check.noise)
     used = {n: peers["eager"][n] for n, check in rows.items() if check.peers[n] == KEPT and n in peers.get("eager", {})}
     result = list(rows.values())
-    for some, words in ((rows, ""), (used, ", as used")):
+    for some, words in ((rows, ""), (used, AS_USED)):
         groups = _subjects(some, then, words)
         _learn(groups)
         result += groups
@@ -425,4 +424,4 @@ def table(found: Sequence[Check]) -> str:
                 check.verdict,
             )
         )
-    return files.align(cells)
+    return "\n".join(files.table(cells))

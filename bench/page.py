@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import files, roofline, table
+from bench import files, gate, roofline, table
 from bench.cases import DIRECTIONS
 from bench.files import Results
 from bench.presets import DTYPES, PRESETS
@@ -40,6 +40,10 @@ passes 100 %. `peak` is what a call takes beyond its arguments, and beside it ea
 
 STEPS = """`none` is the time of the step without the counterfactual loss over that of the step with it, in the same interleaved
 rounds."""
+
+NOTICED = f"""What `pytest bench/ --gate` notices with this file as its baseline, in {gate.POWER:.0%} of runs: ours slower
+by at least this factor in all rows of a subject, where a run is no noisier than those of the baseline. `notices` is by
+eager with kept memory where that was measured, `as used` by eager with fresh memory and all threads."""
 
 # The names of this page's pictures: class, preset, type and what they show.
 PICTURE = re.compile(rf"(cpu|cuda|hip|unknown)-.+-({'|'.join(DTYPES)})-(ratios|roofline|scaling)\.svg")
@@ -166,6 +170,8 @@ def _file(results: Results) -> list[str]:
         parts += ["### Training step, by the counterfactual loss's mode", _steps(steps)]
     if suites["scaling"]:
         parts += ["### How cost grows", _scaling(suites["scaling"]), f"![cost by size](results/{stem}-scaling.svg)"]
+    if (measured := files.measured(results)) and all("runs" in row for row in measured.values()):
+        parts += ["### What the gate notices", NOTICED, _noticed(results)]
     if lines := _absent(rows):
         parts += ["### What is missing", "\n".join(f"- {line}" for line in lines)]
     return parts
@@ -250,6 +256,23 @@ def _scaling(rows: Sequence[Row]) -> str:
     return _table(["", "sizes", "our time, the first = 1", "eager"], lines)
 
 
+def _noticed(results: Results) -> str:
+    # The checks that the gate would make of the baseline's own rows: by subject, or of the row where a subject has one alone.
+    rows = {name: results.rows[name] for name in gate.gated(results)}
+    found: dict[str, dict[str, gate.Check]] = {}
+    for check in gate.checks(rows, rows):
+        subject = rows[next(iter(check.peers))]["subject"]
+        used = check.name.endswith(gate.AS_USED)
+        beside = found.setdefault(subject, {})
+        if used or len(check.peers) >= len(beside.get("", check).peers):
+            beside["used" if used else ""] = check
+    lines = []
+    for subject, beside in found.items():
+        noticed = [f"{math.exp(beside[name].noticed):.2f}" if name in beside else "" for name in ("", "used")]
+        lines.append([subject, str(len(beside[""].peers)), *noticed])
+    return _table(["subject", "rows", "notices", "as used"], lines)
+
+
 def _absent(rows: Sequence[Row]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -291,7 +314,7 @@ def _mega(found: Mapping[str, Any]) -> str:
 
 
 def _table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [head, ["---"] * len(head), *lines])
+    return "\n".join(files.table([head, *lines]))
 
 
 # -- pictures ----------------------------------------------------------------------------------------------------------

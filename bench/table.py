@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+from bench import files
 from bench.cases import BOTH, FORWARD
 from bench.presets import PEERS, PRESETS
 from bench.timing import Ratio
@@ -60,7 +61,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     names = [name for name in PEERS if any("ratio" in row["peers"].get(name, {}) for row in timed)]
     header = ["benchmark", "ours", "ms (quartiles)", *names, "fastest", "emptied", "eager, kept"]
     header += ["GB/s", "GFLOP/s", "of the limit", "peak MB", "host us", "target"]
-    found = aligned([header, *(_cells(row, names) for row in timed)]) if timed else []
+    found = files.table([header, *(_cells(row, names) for row in timed)]) if timed else []
     if timed:
         limits = [row["limit"] for row in timed if row["limit"]]
         found += [
@@ -76,13 +77,6 @@ def lines(rows: Sequence[Row]) -> list[str]:
         for note in said:
             notes.setdefault(note, []).append(row["id"])
     return found + [f"{note}: {_some(ids)}" for note, ids in notes.items()]
-
-
-def aligned(cells: Sequence[Sequence[str]]) -> list[str]:
-    """A Markdown table whose first row is the header."""
-    widths = [max(len(row[i]) for row in cells) for i in range(len(cells[0]))]
-    found = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
-    return [found[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *found[1:]]
 
 
 def _cells(row: Row, names: Iterable[str]) -> list[str]:

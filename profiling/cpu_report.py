@@ -36,11 +36,13 @@ COUNTED_SECONDS = 1.0  # counters are read over so many calls that they take tha
 
 @dataclass(frozen=True)
 class Counters:
-    """What `perf stat -x,` wrote of `calls` calls: values by event; events that the machine lacks; what makes it none."""
+    """What `perf stat -x,` wrote of `calls` calls: values by event; events that the machine lacks; of what; what makes it
+    none."""
 
     values: dict[str, float]
     lacking: tuple[str, ...]
     calls: int
+    of: str | None = None
     synthetic: str | None = None
 
     def misses(self) -> tuple[str, float] | None:
@@ -52,15 +54,17 @@ class Counters:
 
 
 def parse(text: str) -> Counters:
-    """`perf stat -x,`'s output, with the line `# calls: N` that `count` adds.
+    """`perf stat -x,`'s output, with the lines `# calls: N` and `# of: WHAT` that `count` adds.
 
     Raises:
         ValueError: where there is no count in it.
     """
-    values, lacking, calls = {}, [], 1
+    values, lacking, calls, of = {}, [], 1, None
     for line in text.splitlines():
         if line.startswith("# calls: "):
             calls = int(line.removeprefix("# calls: "))
+        if line.startswith("# of: "):
+            of = line.removeprefix("# of: ")
         cells = line.split(",")
         if line.startswith("#") or len(cells) < 3:
             continue
@@ -73,11 +77,11 @@ def parse(text: str) -> Counters:
         raise ValueError(f"it is of {calls} calls")
     if not values and not lacking:
         raise ValueError("there is no line of `perf stat -x,` in it")
-    return Counters(values, tuple(lacking), calls, roofline.synthetic(text))
+    return Counters(values, tuple(lacking), calls, of, roofline.synthetic(text))
 
 
-def count(call: Callable[[], Any], calls: int, path: Path) -> str | None:
-    """Count `calls` calls in this process, its threads included, into a file; why not, or None.
+def count(call: Callable[[], Any], calls: int, path: Path, of: str) -> str | None:
+    """Count `calls` calls in this process, its threads included, into a file that says of what; why not, or None.
 
     perf starts with its counters off, and is told through a pipe to put them on and off around the calls."""
     if shutil.which("perf") is None:
@@ -113,7 +117,7 @@ def count(call: Callable[[], Any], calls: int, path: Path) -> str | None:
     if not path.exists() or not path.read_text().strip():
         return f"perf stat counted nothing: {said[0] if said else f'it ended with {perf.returncode}'}"
     with path.open("a") as file:
-        file.write(f"# calls: {calls}\n")
+        file.write(f"# calls: {calls}\n# of: {of}\n")
     return None
 
 
@@ -205,8 +209,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if lack := measure.lack(benchmark, settings):
             print(f"{benchmark.id}: {lack}", file=sys.stderr)
             return 2
-        built = benchmark.build(settings)
+        what = f"{benchmark.id}: {benchmark.sizes(settings)}, {settings.dtype}, backend {benchmark.backend(settings)}"
         counters = parse(options.counters.read_text()) if options.counters else None
+        if counters and counters.of not in (None, what):
+            raise ValueError(f"{options.counters} is of {counters.of}")
+        built = benchmark.build(settings)
     except (OSError, ValueError) as problem:
         print(problem, file=sys.stderr)
         return 1
@@ -218,7 +225,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rate = timing.product_rate([measure.SQUARE["cpu"]], plan, settings.torch_dtype)
     stem = options.out / benchmark.id.replace("/", ".")
     print(timing.describe(timing.provenance()))
-    print(f"{benchmark.id}: {benchmark.sizes(settings)}, {settings.dtype}, backend {benchmark.backend(settings)}")
+    print(what)
     print(f"{seconds * 1e3:.3f} ms, quartiles {low * 1e3:.3f} and {high * 1e3:.3f}")
     print(f"limits of this run: copy {bandwidth / 1e9:.2f} GB/s, product {rate / 1e9:.1f} GFLOP/s")
 
@@ -254,7 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     why = None
     if counters is None:
         path = stem.with_name(f"{stem.name}.perf.csv")
-        why = count(call, max(5, math.ceil(COUNTED_SECONDS / seconds)), path)
+        why = count(call, max(5, math.ceil(COUNTED_SECONDS / seconds)), path, what)
         counters = parse(path.read_text()) if why is None else None
     print("\ncounters of a call (perf stat)")
     if counters is None:

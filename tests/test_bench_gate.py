@@ -161,7 +161,7 @@ def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
         runs.append(results(document([found])))
     then = results(baseline.merge(runs)[0])
     (check,) = gate.checks(then.rows, runs[0].rows)
-    assert check.peers == {IDS[0]: gate.KEPT} and check.first == check.centre == pytest.approx(math.log(2.5))
+    assert check.peers == {IDS[0]: files.KEPT} and check.first == check.centre == pytest.approx(math.log(2.5))
     # On a system without it, eager serves.
     (check,) = gate.checks(then.rows, {IDS[0]: row(IDS[0], timings(1.0, eager=5.0))})
     assert check.peers == {IDS[0]: "eager"}
@@ -189,7 +189,7 @@ def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
     now = run(Machine(9), 2.0)
     found = gate.judge(gate.checks(then.rows, now.rows), lambda wanted: {name: now.rows[name] for name, _ in wanted})
     assert slower(found) == ["route, its 6 rows, as used"]
-    assert {peer for check in found for peer in check.peers.values() if "used" not in check.name} == {gate.KEPT}
+    assert {peer for check in found for peer in check.peers.values() if "used" not in check.name} == {files.KEPT}
 
 
 def test_row_wanted_with_two_peers_is_measured_in_both_kinds_of_process(monkeypatch):
@@ -205,7 +205,7 @@ def test_row_wanted_with_two_peers_is_measured_in_both_kinds_of_process(monkeypa
 
     monkeypatch.setattr(again, "_measured", measured)
     monkeypatch.setattr(again, "_kept", kept)
-    wanted = [("route/forward", gate.KEPT), ("adapter/forward", "compile"), ("route/forward", "eager")]
+    wanted = [("route/forward", files.KEPT), ("adapter/forward", "compile"), ("route/forward", "eager")]
     found = again.in_fresh_processes({"preset": "smoke", "peers": None})(wanted)
     assert asked == [("eager,compile", ["adapter/forward", "route/forward"]), ["route/forward"]]
     assert found["route/forward"] == {"peers": "here", "memory": {"eager_kept": "there"}}
@@ -263,8 +263,8 @@ def test_healthy_run_passes_with_a_table(tmp_path, then):
     baseline.write(then, tmp_path)
     report = said(tmp_path, Machine(1).document())
     assert not report.failed
-    head = next(line for line in report.text.splitlines() if line.startswith("row "))
-    assert head.split("  ")[0] == "row" and all(word in head for word in ("peer", "then", "now", "allowed", "verdict"))
+    head = next(line for line in report.text.splitlines() if line.startswith("| row "))
+    assert all(word in head for word in ("peer", "then", "now", "allowed", "verdict"))
     assert all(name in report.text for name in IDS)
 
 
@@ -274,8 +274,8 @@ def test_slow_kernel_fails_and_is_named_first(tmp_path, then):
     report = said(tmp_path, machine.document(), machine)
     lines = report.text.splitlines()
     assert report.failed and "FAILED, slower than allowed: adapter" in lines[-1]
-    first = lines[next(i for i, line in enumerate(lines) if line.startswith("row ")) + 1]
-    assert first.startswith("adapter") and "SLOWER in 3 of 3 passes" in first
+    first = lines[next(i for i, line in enumerate(lines) if line.startswith("| row ")) + 2]
+    assert first.startswith("| adapter") and "SLOWER in 3 of 3 passes" in first
 
 
 def test_an_interrupted_run_is_not_judged(monkeypatch):
@@ -462,7 +462,7 @@ def test_run_for_a_baseline_measures_what_has_kept_memory_again(tmp_path, monkey
     file.write_text(json.dumps(found))
     assert baseline.run([], file) == 3
     options = {"preset": "smoke", "dtype": "float32", "device": "cpu", "seconds": 0.5, "backend": None}
-    assert asked == [(options, [(IDS[0], gate.KEPT)])]
+    assert asked == [(options, [(IDS[0], files.KEPT)])]
     again = [row.get("again") for row in files.load(file).rows.values()]
     assert again == [{"memory": {"eager_kept": "again"}}, None, None]
 
@@ -691,7 +691,7 @@ def test_results_that_are_not_committed_yet_make_no_tree_dirty(tmp_path, monkeyp
 
 def test_process_that_fails_measures_nothing():
     measure = again.in_fresh_processes({"preset": "smoke", "device": "cpu", "shape": "B=1,N=2"})
-    assert measure([("no_op/forward", "eager"), ("no_op/forward", gate.KEPT)]) == {}
+    assert measure([("no_op/forward", "eager"), ("no_op/forward", files.KEPT)]) == {}
 
 
 # -- compare -----------------------------------------------------------------------------------------------------------
@@ -712,11 +712,11 @@ def test_compare_sorts_by_change_and_marks_times_as_absolute(tmp_path, capsys):
     text = capsys.readouterr().out
     first, _, second = text.partition("ABSOLUTE times on A processor")
     for part in (first, second):
-        names = [line.split()[0] for line in part.splitlines() if line.startswith("route/")]
+        names = [line.split()[1] for line in part.splitlines() if line.startswith("| route/")]
         assert names == [IDS[1], IDS[0], IDS[2]]
-    slow = next(line for line in first.splitlines() if line.startswith(IDS[1]))
-    assert "-16.7%" in slow and slow.endswith("slower")
-    assert next(line for line in first.splitlines() if line.startswith(f"{IDS[0]} ")).endswith("within noise")
+    slow = next(line for line in first.splitlines() if line.startswith(f"| {IDS[1]}"))
+    assert "-16.7%" in slow and slow.endswith("| slower       |")
+    assert next(line for line in first.splitlines() if line.startswith(f"| {IDS[0]} ")).endswith("within noise |")
 
 
 def test_compare_of_two_devices_warns_and_has_no_times(tmp_path, capsys):
@@ -730,14 +730,14 @@ def test_compare_of_two_devices_warns_and_has_no_times(tmp_path, capsys):
 
 def test_compare_names_what_it_leaves_out(tmp_path, capsys):
     old = [row(name, timings(1.0, eager=6.0)) for name in IDS[:4]]
-    new = [row(IDS[0], timings(1.0, eager=6.0)), row(IDS[1], timings(1.0, eager=6.0), sizes={**SIZES, "B": 9})]
+    new = [row(IDS[0], timings(1.0, eager=6.0)), row(IDS[1], timings(1.0, eager=6.0), sizes={**SIZES, "T": 1, "B": 9})]
     new += [row(IDS[2], timings(1.0, eager=6.0), dtype="bfloat16"), row(IDS[3], timings(1.0, sdpa=6.0))]
     new += [row(IDS[4], timings(1.0, eager=6.0))]
     assert compare.main(pair(tmp_path, document(old), document(new))) == 0
     lines = capsys.readouterr().out.splitlines()
     for line in (
-        f"{IDS[1]}: other sizes, not compared",
-        f"{IDS[2]}: dtype float32 then and bfloat16 now, not compared",
+        f"{IDS[1]}: B={SIZES['B']} then and B=9 now, not compared",
+        f"{IDS[2]}: dtype=float32 then and dtype=bfloat16 now, not compared",
         f"{IDS[3]}: no peer in common",
         f"only now: {IDS[4]}",
     ):
@@ -754,7 +754,7 @@ def test_compare_reads_pytest_benchmarks_own_files(tmp_path, capsys):
 
     assert compare.main(pair(tmp_path, plain(1.0), plain(2.0))) == 0
     text = capsys.readouterr().out
-    assert "ABSOLUTE" in text and "-50.0%" in text and text.rstrip().endswith("slower")
+    assert "ABSOLUTE" in text and "-50.0%" in text and text.rstrip().endswith("slower |")
 
 
 @pytest.mark.parametrize(

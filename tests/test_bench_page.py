@@ -1,6 +1,7 @@
 """The page of results: made of the committed files and of nothing else."""
 
 import json
+import math
 import re
 import sys
 from dataclasses import asdict
@@ -191,6 +192,25 @@ def test_page_is_made_of_one_run_too(tmp_path, capsys):
     assert report.failed and report.text == (
         f"gate: FAILED, {path}: not made by `python -m bench baseline`, so nothing is known of its noise"
     )
+
+
+def test_page_says_what_the_gate_notices():
+    names = [*IDS[:6], IDS[6]]  # six rows of route, one of leave_one_out
+
+    def noticed(drift):
+        machine = Machine(0, drift=drift)
+        merged, _ = baseline.merge([results(machine.twice(names)) for _ in range(7)])
+        then = results(merged)
+        text = section(page.render([then]), "What the gate notices")
+        found = {check.name: check for check in gate.checks(then.rows, then.rows)}
+        for subject, name in (("route", "route, its 6 rows"), ("leave_one_out", IDS[6])):
+            rows = str(len(found[name].peers))
+            assert cells(text, subject) == [subject, rows, f"{math.exp(found[name].noticed):.2f}", ""]
+        return found
+
+    few, many = noticed(0.01), noticed(0.08)
+    assert few["route, its 6 rows"].noticed < 0.5 * many["route, its 6 rows"].noticed
+    assert "What the gate notices" not in page.render([results(Machine(0).document(names))])
 
 
 def test_file_without_rows_is_a_line(tmp_path):

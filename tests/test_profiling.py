@@ -406,7 +406,7 @@ def test_what_is_no_output_of_perf_is_refused():
 
 def test_without_perf_the_reason_is_given(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu_report.count(lambda: None, 1, tmp_path / "perf.csv") == "perf is not installed"
+    assert cpu_report.count(lambda: None, 1, tmp_path / "perf.csv", "it") == "perf is not installed"
 
 
 def test_a_perf_that_refuses_is_quoted_and_does_not_hang(monkeypatch, tmp_path):
@@ -415,7 +415,7 @@ def test_a_perf_that_refuses_is_quoted_and_does_not_hang(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     # What an earlier run counted is not this one's.
     (tmp_path / "perf.csv").write_text("100,,cycles,1,100.00,,\n")
-    why = cpu_report.count(lambda: None, 1, tmp_path / "perf.csv")
+    why = cpu_report.count(lambda: None, 1, tmp_path / "perf.csv", "it")
     assert why == "perf stat counted nothing: no access to performance counters"
 
 
@@ -445,3 +445,10 @@ def test_the_report_for_a_cpu_takes_recorded_counters(tmp_path):
     assert done.returncode == 0 and "THESE COUNTS ARE NOT OF A REAL RUN" in done.stdout, done.stderr
     wrong = run(sys.executable, "-m", "profiling.cpu_report", "leave_on_out/forward", *options)
     assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1
+
+
+def test_counters_of_another_benchmark_are_refused(tmp_path, capsys):
+    path = tmp_path / "perf.csv"
+    path.write_text("100,,cycles,1,100.00,,\n# calls: 5\n# of: leave_one_out/forward: it\n")
+    assert cpu_report.main(["route/forward", "--preset", "smoke", "--counters", str(path)]) == 1
+    assert capsys.readouterr().err == f"{path} is of leave_one_out/forward: it\n"
