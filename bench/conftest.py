@@ -62,12 +62,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore::DeprecationWarning:torch.*")  # torch's own, about itself
 
 
-def pytest_report_header(config: pytest.Config) -> str | None:
-    # Said before anything is measured: the run ends with it, after its table.
+def pytest_sessionstart(session: pytest.Session) -> None:
+    # Said before anything is measured, with -q too: the run ends with it, after its table.
+    config = session.config
     settings, folder = config.stash[SESSION].settings, config.getoption("bench_baselines")
     path = files.baseline_path(config.stash[FACTS], settings.name, settings.dtype, folder)
-    lack = gate.missing(path) if config.getoption("bench_gate") else None
-    return f"gate: will fail, {lack}" if lack else None
+    if config.getoption("bench_gate") and (lack := gate.missing(path)):
+        config.pluginmanager.get_plugin("terminalreporter").write_line(f"gate: will fail, {lack}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -850,3 +850,9 @@ def test_pytest_bench_with_a_bad_option_is_one_line():
     assert done.returncode == 4
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert line.startswith("ERROR: unknown preset 'nyud'; did you mean 'nyud-b'?")
+
+
+def test_a_gate_without_a_baseline_says_so_before_it_measures(tmp_path):
+    done = pytest_bench("--gate", "--baselines", tmp_path, "--collect-only")
+    assert done.stdout.startswith("gate: will fail, no baseline for "), done.stdout + done.stderr
+    assert "gate:" not in pytest_bench("--collect-only").stdout
