@@ -1,7 +1,8 @@
 """`python -m bench baseline`: runs the benchmarks several times and writes what the gate compares with.
 
-One run says nothing about how much the next will differ. Runs of different hours and days say it best: keep each run's
---benchmark-json and give all of them to --merge. What this command does not know goes to pytest (--preset, --dtype, -k, ...).
+One run says nothing about how much the next will differ. Runs of different hours and days say it best: the files that this
+command leaves in runs/baseline/, of one revision, can be merged. Those of a plain --benchmark-json can too, but no row of
+theirs was measured again, and the gate allows more. What this command does not know goes to pytest (--preset, -k, ...).
 """
 
 import argparse
@@ -49,7 +50,7 @@ KEPT_FACTS = (
     "backend",
 )
 # What has to be the same in runs that are merged.
-SAME = ("device", "driver", "torch", "triton", "threads", "revision", "dirty", "contract_version", "seconds", "backend")
+SAME = ("device", *files.DECISIVE, "revision", "dirty", "contract_version", "backend")
 DIGITS = 6
 
 
@@ -75,13 +76,18 @@ def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
                 raise files.Unusable(
                     f"{run.path}: {name} {new}, and {old} in {runs[0].path}: not the runs of one baseline"
                 )
-    several, notes = [], []
+    several, notes, lost = [], [], []
     for name in dict.fromkeys(name for run in runs for name in run.rows):
         found = [run.benchmarks[name] for run in runs if "ours" in run.rows.get(name, {})]
+        again = sum("again" in benchmark["extra_info"] for benchmark in found)
+        if 0 < again < len(found):
+            lost.append(name)
         if len(found) == len(runs) and all(b["extra_info"]["sizes"] == found[0]["extra_info"]["sizes"] for b in found):
             several.append(found)
         else:
             notes.append(f"{name}: measured at one size in {len(found)} of {len(runs)} runs, left out")
+    if lost:
+        notes.append(f"measured again after some of the runs only, which does not count: {files.some(lost)}")
     beside = [_runs([benchmark["extra_info"] for benchmark in found]) for found in several]
     chosen = _nearest(beside, len(runs))
     benchmarks = [_benchmark(found[chosen], ratios) for found, ratios in zip(several, beside)]
@@ -228,8 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted; --merge takes the runs that are whole", file=sys.stderr)
         return 130
-    for line in [*files.warnings(runs[0]), *notes, *(f"wrote {path}" for path in written)]:
+    for line in [*files.warnings(runs[0]), *notes]:
         print(line)
+    for path in written:
+        head, lines = gate.noticed(files.load(path))
+        print("\n".join([f"wrote {path}; with it the gate notices ours slower by", *files.table([head, *lines])]))
     return 0 if written else 1
 
 

@@ -1,12 +1,14 @@
 """`python -m bench compare A.json B.json`: what moved from one file of results to another.
 
-Rows are compared by their ratio to a peer that both files have, the one whose intervals are the narrowest, and so across
-machines too, with a warning. Times are compared only where both files name the same device. Files of pytest-benchmark
-without rows of bench have times alone.
+Rows are compared by their ratio to eager with kept memory where both files have it, else to the peer whose intervals are the
+narrowest, and so across machines too, with a warning. A baseline's interval is from the lowest to the highest of its runs; that
+of a single run says nothing of other runs, so that unchanged code moves in some rows. Times are compared only where both files
+name the same device. Files of pytest-benchmark without rows of bench have times alone.
 """
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +17,10 @@ from typing import Any
 
 from bench import files
 from bench.files import Results
+
+INTERVAL = (
+    "from the lowest to the highest of a baseline's runs, else one run's own 95 % (unchanged code leaves a quarter)"
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class Change:
 
 
 def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
-    """Every common row's change against the common peer with the narrowest intervals, and a line for what has none."""
+    """Every common row's change, by the peer that the module names, and a line for what has none."""
     changes, notes = [], []
     old, new = files.measured(then), files.measured(now)
     for name in old.keys() & new.keys():
@@ -50,9 +56,9 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
         for peer, then_peer in _peers(old[name]).items():
             now_peer = now_peers.get(peer, {})
             if "ratio" in then_peer and "ratio" in now_peer:
-                found[peer] = Change(name, peer, _interval(then_peer["ratio"]), _interval(now_peer["ratio"]))
+                found[peer] = Change(name, peer, _interval(old[name], peer), _interval(new[name], peer))
         if found:
-            changes.append(min(found.values(), key=_width))
+            changes.append(found.get(files.KEPT) or min(found.values(), key=_width))
         else:
             notes.append(f"{name}: no peer in common")
     notes.sort()
@@ -78,7 +84,10 @@ def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{then} then and {now} now" if then or now else ""
 
 
-def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
+def _interval(row: Mapping[str, Any], peer: str) -> tuple[float, float, float]:
+    if runs := row.get("runs", {}).get(peer):
+        return statistics.median(runs["ratio"]), min(runs["ratio"]), max(runs["ratio"])
+    ratio = _peers(row)[peer]["ratio"]
     return ratio["value"], ratio["low"], ratio["high"]
 
 
@@ -114,7 +123,7 @@ def report(then: Results, now: Results) -> str:
     changes, notes = ratios(then, now)
     lines = [*files.warnings(then), *files.warnings(now), *files.differences(then, now), *notes]
     if changes:
-        lines += ["", "ratios: the peer's time over ours, 95 % interval; lowest change first", _table(changes, _ratio)]
+        lines += ["", f"ratios: the peer's time over ours, {INTERVAL}; lowest change first", _table(changes, _ratio)]
     if then.device == now.device:
         if found := times(then, now):
             lines += ["", f"ABSOLUTE times on {now.device}: median, quartiles; they move with the machine's load too"]
@@ -123,7 +132,8 @@ def report(then: Results, now: Results) -> str:
         lines += ["", "times are not compared: the devices differ"]
         found = []
     if not changes and not found:
-        raise files.Unusable(f"{then.path} and {now.path} have nothing in common that can be compared")
+        why = f": {notes[0]}" if notes else ""
+        raise files.Unusable(f"{then.path} and {now.path} have nothing in common that can be compared{why}")
     return "\n".join(lines).lstrip("\n")
 
 

@@ -157,7 +157,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section(f"bench, preset {settings.name}{changes}, {settings.dtype} on {settings.device}")
         facts = config.stash[FACTS]
         busy = facts["load"][0] > facts["cores"] / 4
-        notes = ["BUSY when this began: what other processes take is in every number below"] if busy else []
+        notes = ["BUSY before this began: unless that has ended, it is in every number below"] if busy else []
         for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows), *_idle(config, rows)]:
             terminalreporter.write_line(line)
     if VERDICT in config.stash:

@@ -14,8 +14,22 @@ RESULTS = ROOT / "bench" / "results"
 # Eager in a process where glibc keeps all memory, beside ours there: without the page faults of fresh outputs, which depend on
 # whatever else the machine's memory was used for, it is the steadier peer of what is bound by memory.
 KEPT = "eager, kept memory"
-# Of a row with times.
-ROW = {"preset", "subject", "direction", "variant", "sizes", "dtype", "device", "backend", "peers"}
+# The facts of a machine that ratios depend on, beside the device.
+DECISIVE = (
+    "driver",
+    "instructions",
+    "torch",
+    "triton",
+    "compiler",
+    "threads",
+    "seconds",
+    "allocator",
+    "huge_pages",
+    "slowed",
+)
+# Of a row, and of one with times.
+ROW = {"id", "suite", "preset", "subject", "direction", "variant", "sizes", "dtype", "device", "backend"}
+TIMED = {"peers", "memory", "limit"}
 
 
 class Unusable(Exception):
@@ -40,7 +54,7 @@ class Results:
 
     @property
     def device_class(self) -> str | None:
-        """The device's class, such as cpu-x86_64-2c."""
+        """The device's class, such as cpu-x86_64-avx2-2c."""
         return self.machine.get("device", {}).get("class")
 
 
@@ -74,13 +88,17 @@ def results(document: Any, path: Path = Path("this run")) -> Results:
 
 def _whole(row: Mapping[str, Any]) -> None:
     # KeyError, TypeError or AttributeError where a row that was measured lacks what everyone reads.
-    if "ours" not in row:
-        return
     lacks = ROW - row.keys()
-    for time in (row["ours"], *(peer for peer in row["peers"].values() if "ratio" in peer)):
-        lacks |= {"median", "q1"} - time.keys()
+    if "ours" in row:
+        lacks |= TIMED - row.keys()
+        for time in (row["ours"], *(peer for peer in row["peers"].values() if "ratio" in peer)):
+            lacks |= {"median", "q1", "q3"} - time.keys()
+        if row["limit"]:
+            lacks |= {"copy_bandwidth", "product_rate", "share", "held_by"} - row["limit"].keys()
     for runs in row.get("runs", {}).values():
         lacks |= {"ratio", "noise"} - runs.keys()
+        if not runs["ratio"] or min(runs["ratio"]) <= 0:
+            raise ValueError("a ratio is positive")
     if lacks:
         raise KeyError(*lacks)
 
@@ -106,7 +124,7 @@ def differences(then: Results, now: Results) -> list[str]:
     """A line for each fact that ratios depend on and that differs between two files."""
     lines = []
     facts = {"device": (then.device, now.device)}
-    for name in ("driver", "torch", "triton", "compiler", "threads", "seconds", "allocator", "huge_pages", "slowed"):
+    for name in DECISIVE:
         facts[name] = (then.machine.get(name), now.machine.get(name))
     for name, (old, new) in facts.items():
         if old != new:
@@ -124,3 +142,8 @@ def table(cells: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*cells)]
     found = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return [found[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *found[1:]]
+
+
+def some(ids: Sequence[str]) -> str:
+    """The first few."""
+    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

@@ -40,6 +40,8 @@ PASSES = 5
 COMMON_RUNS = 4
 # Ratios of rounds that agree better than this agree by chance, or by the clock's resolution.
 LEAST_NOISE = 1e-3
+# A check that does not notice this is none.
+BLIND, QUIETER = math.log(2), "this run or the baseline's were too noisy"
 # How the name of a check ends that is by eager with the run's threads and fresh memory.
 AS_USED = ", as used"
 # Fewer runs say nothing about the noise between them.
@@ -250,6 +252,23 @@ def checks(then: Mapping[str, Row], now: Mapping[str, Row]) -> list[Check]:
     return [check for check in result if not math.isnan(check.first)]
 
 
+def noticed(then: Results) -> tuple[list[str], list[list[str]]]:
+    """What the gate notices with this baseline in a run no noisier than its own, as a table's header and rows: for each subject
+    the check of all its rows, or of the one that it has, and the one as used."""
+    rows = {name: then.rows[name] for name in gated(then)}
+    found: dict[str, dict[str, Check]] = {}
+    for check in checks(rows, rows):
+        used = check.name.endswith(AS_USED)
+        beside = found.setdefault(rows[next(iter(check.peers))]["subject"], {})
+        if used or len(check.peers) >= len(beside.get("", check).peers):
+            beside["used" if used else ""] = check
+    lines = []
+    for subject, beside in found.items():
+        factors = [f"{math.exp(beside[name].noticed):.2f}" if name in beside else "" for name in ("", "used")]
+        lines.append([subject, str(len(beside[""].peers)), *factors])
+    return ["subject", "rows", "notices", "as used"], lines
+
+
 def _learn(some: Sequence[Check]) -> None:
     # Their noise, from what all of them say.
     found = [check.then for check in some]
@@ -331,14 +350,25 @@ def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
             continue
         comparable, notes = _comparable(then, rows)
         broken = [f"FAILED, {name}: {rows[name]['error']}" for name in then.rows if "error" in rows.get(name, {})]
-        found = judge(checks({name: then.rows[name] for name in gated(then)}, comparable), again)
+        found = checks({name: then.rows[name] for name in gated(then)}, comparable)
+        if then.machine.get("threads") != now.machine.get("threads"):
+            found = [check for check in found if not check.name.endswith(AS_USED)]
+            notes.append("subjects as used are not judged: the threads differ")
+        found = judge(found, again)
+        blind = [check for check in found if check.noticed > BLIND]
         lines += [*files.warnings(then), *files.differences(then, now), *notes, *broken, table(found) if found else ""]
         slower = [check.name for check in found if check.slower]
-        failed = failed or bool(slower or broken or not found)
+        failed = failed or bool(slower or broken or len(blind) == len(found))
         if slower:
             lines.append(f"FAILED, slower than allowed: {'; '.join(slower)}")
+        elif not found:
+            lines.append("FAILED, no row can be compared")
+        elif len(blind) == len(found):
+            lines.append(f"FAILED, none of {len(found)} checks would notice ours at half its speed: {QUIETER}")
         else:
-            lines.append(f"{len(found)} checks, none slower" if found else "FAILED, no row can be compared")
+            lines.append(f"{len(found)} checks, none slower")
+            if blind:
+                lines[-1] += f"; {len(blind)} of them would not notice ours at half its speed: {QUIETER}"
     return Report("\n".join(f"gate: {line}" if "\n" not in line else line for line in lines if line), failed)
 
 

@@ -7,6 +7,7 @@ alone: on a CPU a time says as much about the machine's other work as about the 
 import argparse
 import math
 import re
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -28,9 +29,11 @@ INTRODUCTION = """# Results
 
 Made by `python -m bench page` from the files in bench/results/; do not edit. [bench/README.md](../bench/README.md) says how
 each figure is measured. A ratio is a peer's time over ours in the same interleaved run, so more than 1 means that ours is
-faster; ± is the larger side of its 95 % interval, `?` marks rounds too few for one. `eager` is the reference backend in
-plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given:
-one says as much about the machine's other work as about the code, and so do the rates, which are of that run alone."""
+faster. In a file of several runs it is the median of the runs' ratios (by lower quartiles), ± the run that is furthest from it.
+Everything else, and every figure of a file of one run, is of one run, ± the larger side of a 95 % interval that says nothing of
+other runs (`?`: too few rounds for one). `eager` is the reference backend in plain PyTorch, `compile` torch.compile of it,
+`algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given: one says as much about the machine's other work as
+about the code, and so do the rates, which are of one run alone."""
 
 COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
 where glibc keeps all memory (in `smoke` with one thread), `emptied` our time without any kept memory over ours. GB/s and
@@ -41,7 +44,7 @@ passes 100 %. `peak` is what a call takes beyond its arguments, and beside it ea
 STEPS = """`none` is the time of the step without the counterfactual loss over that of the step with it, in the same interleaved
 rounds."""
 
-NOTICED = f"""What `pytest bench/ --gate` notices with this file as its baseline, in {gate.POWER:.0%} of runs: ours slower
+NOTICED = """What `pytest bench/ --gate` notices with this file as its baseline, in nine of ten runs: ours slower
 by at least this factor in all rows of a subject, where a run is no noisier than those of the baseline. `notices` is by
 eager with kept memory where that was measured, `as used` by eager with fresh memory and all threads."""
 
@@ -103,21 +106,31 @@ def _targets(found: Sequence[Results]) -> list[str]:
         for (op, direction), wanted in table.TARGETS[preset].items():
             reached = [_reached(r.rows.get(f"{op}/{direction}")) for r in those] or [{}]
             for what, least in wanted.items():
-                cells = [_target(what, values.get(what, math.nan), least) for values in reached]
+                cells = [_target(what, values.get(what, [math.nan]), least) for values in reached]
                 lines.append([op, direction, what.replace("/", " or "), _figure(what, least), *cells])
         head = ["op", "direction", "against", "target", *([r.device_class for r in those] or [kind])]
         parts += [f"{kind}, preset `{preset}`, {dtype}:", _table(head, lines)]
     return parts
 
 
-def _reached(row: Row | None) -> dict[str, float]:
-    return {what: value for what, _, value in table.against_targets(row)} if row else {}
+def _reached(row: Row | None) -> dict[str, list[float]]:
+    if not row:
+        return {}
+    return {what: _by_run(row, what) or [value] for what, _, value in table.against_targets(row)}
 
 
-def _target(what: str, value: float, least: float) -> str:
-    if math.isnan(value):
+def _by_run(row: Row, what: str) -> list[float]:
+    # Of several peers the fastest of each run.
+    runs = row.get("runs", {})
+    return [min(ratios) for ratios in zip(*(runs[peer]["ratio"] for peer in what.split("/") if peer in runs))]
+
+
+def _target(what: str, values: Sequence[float], least: float) -> str:
+    if any(map(math.isnan, values)):
         return NOT_MEASURED
-    return f"{_figure(what, value)} {'met' if value >= least else 'MISSED'}"
+    met = sum(value >= least for value in values)
+    verdict = {len(values): "met", 0: "MISSED"}.get(met, f"met in {met} of {len(values)} runs")
+    return f"{_figure(what, statistics.median(values))} {verdict}"
 
 
 def _figure(what: str, value: float) -> str:
@@ -171,7 +184,7 @@ def _file(results: Results) -> list[str]:
     if suites["scaling"]:
         parts += ["### How cost grows", _scaling(suites["scaling"]), f"![cost by size](results/{stem}-scaling.svg)"]
     if (measured := files.measured(results)) and all("runs" in row for row in measured.values()):
-        parts += ["### What the gate notices", NOTICED, _noticed(results)]
+        parts += ["### What the gate notices", NOTICED, _table(*gate.noticed(results))]
     if lines := _absent(rows):
         parts += ["### What is missing", "\n".join(f"- {line}" for line in lines)]
     return parts
@@ -200,7 +213,11 @@ def _rows(rows: Sequence[Row], results: Results) -> str:
         ours, done = row["ours"], row.get("achieved") or {}
         cells += [_micro(ours["median"])] if _gpu(results) else []
         cells += [f"{(ours['q3'] - ours['q1']) / ours['median']:.0%}", *(_ratio(row, peer) for peer in peers)]
-        cells += [table.ratio(row["memory"][name]["ratio"]) if row["memory"].get(name) else "" for name in memory]
+        if "eager_kept" in memory:
+            cells.append(_ratio(row, files.KEPT))
+        if "ours_emptied" in memory:
+            emptied = row["memory"].get("ours_emptied")
+            cells.append(table.ratio(emptied["ratio"]) if emptied else "")
         cells += [
             _giga(done.get("bytes_per_second")),
             _giga(done.get("operations_per_second")),
@@ -256,23 +273,6 @@ def _scaling(rows: Sequence[Row]) -> str:
     return _table(["", "sizes", "our time, the first = 1", "eager"], lines)
 
 
-def _noticed(results: Results) -> str:
-    # The checks that the gate would make of the baseline's own rows: by subject, or of the row where a subject has one alone.
-    rows = {name: results.rows[name] for name in gate.gated(results)}
-    found: dict[str, dict[str, gate.Check]] = {}
-    for check in gate.checks(rows, rows):
-        subject = rows[next(iter(check.peers))]["subject"]
-        used = check.name.endswith(gate.AS_USED)
-        beside = found.setdefault(subject, {})
-        if used or len(check.peers) >= len(beside.get("", check).peers):
-            beside["used" if used else ""] = check
-    lines = []
-    for subject, beside in found.items():
-        noticed = [f"{math.exp(beside[name].noticed):.2f}" if name in beside else "" for name in ("", "used")]
-        lines.append([subject, str(len(beside[""].peers)), *noticed])
-    return _table(["subject", "rows", "notices", "as used"], lines)
-
-
 def _absent(rows: Sequence[Row]) -> list[str]:
     lines: dict[str, list[str]] = {}
     for row in rows:
@@ -286,6 +286,12 @@ def _absent(rows: Sequence[Row]) -> list[str]:
 
 
 def _ratio_of(row: Row, peer: str | None) -> Mapping[str, Any] | None:
+    runs = row.get("runs", {}).get(peer)
+    if runs:
+        values = runs["ratio"]
+        return {"value": statistics.median(values), "low": min(values), "high": max(values), "certain": True}
+    if peer == files.KEPT:
+        return (row.get("memory", {}).get("eager_kept") or {}).get("ratio")
     return row.get("peers", {}).get(peer, {}).get("ratio")
 
 
@@ -445,8 +451,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=DOCS, help="folder (default: docs)")
     options = parser.parse_args(arguments)
     found, problems = read(options.results)
+    if not found and not problems:
+        problems.append(f"{options.results}: no results in it")
     for line in [*problems, *(line for results in found for line in files.warnings(results))]:
         print(line, file=sys.stderr)
+    if not found:
+        return 1
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "results.md").write_text(render(found))
     save(pictures(found), options.out / "results")

@@ -76,7 +76,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
             said += [f"{name} {kind}: {peer[kind]}" for kind in ("missing", "refused") if kind in peer]
         for note in said:
             notes.setdefault(note, []).append(row["id"])
-    return found + [f"{note}: {_some(ids)}" for note, ids in notes.items()]
+    return found + [f"{note}: {files.some(ids)}" for note, ids in notes.items()]
 
 
 def _cells(row: Row, names: Iterable[str]) -> list[str]:
@@ -143,7 +143,3 @@ def _limits(limits: Sequence[Row]) -> list[str]:
         if some := [limit[key] / 1e9 for limit in limits if limit[key]]:
             spans.append(f"{words} {min(some):.1f}-{max(some):.1f}")
     return [f"Limits, lowest and highest of the rows: {'; '.join(spans)}."] if spans else []
-
-
-def _some(ids: Sequence[str]) -> str:
-    return ", ".join(ids[:3]) + (f" and {len(ids) - 3} more" if len(ids) > 3 else "")

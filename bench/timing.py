@@ -337,7 +337,7 @@ def error(outputs: Any, expected: Any) -> float:
     """The largest difference of two results of a call, relative to the largest value of the tensor it is in.
 
     Infinite where there is no tensor to compare, where the results differ in structure, shape or type, or where one has a NaN
-    and the other has none.
+    or an infinity and they are not the same throughout.
     """
     ours, theirs = _tensors(outputs), _tensors(expected)
     if [(t.shape, t.dtype) for t in ours] != [(t.shape, t.dtype) for t in theirs]:
@@ -357,7 +357,7 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
         return 0.0
     scale = theirs.abs().max().item()
     gap = (ours - theirs).abs().max().item()
-    if math.isnan(gap):
+    if not (math.isfinite(gap) and math.isfinite(scale)):
         same = torch.allclose(ours, theirs, rtol=0, atol=0, equal_nan=True)
         return 0.0 if same else math.inf
     return gap / scale if scale else gap
@@ -511,7 +511,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "device": {"name": _device_name(device), "class": device_class(device)},
         "driver": _driver(device),
         "cpu_name": _cpu_model(),
-        "cores": os.cpu_count(),
+        "cores": _cores(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": torch.__version__,
@@ -542,11 +542,17 @@ def describe(facts: Mapping[str, Any]) -> str:
     )
 
 
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def device_class(device: str) -> str:
-    """What devices of comparable numbers share: "cpu-x86_64-2c", "cuda-sm_90", "hip-gfx942"."""
+    """What devices of comparable numbers share: "cpu-x86_64-avx2-2c", "cuda-sm_90", "hip-gfx942".
+
+    A processor's is by the instructions that torch uses on it: with others eager and ours have other ratios.
+    """
     if device != "cuda":
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        return f"cpu-{platform.machine()}-{cores}c"
+        return f"cpu-{platform.machine()}-{torch.backends.cpu.get_cpu_capability().lower()}-{_cores()}c"
     if torch.version.hip:
         return f"hip-{torch.cuda.get_device_properties(0).gcnArchName.partition(':')[0]}"
     return "cuda-sm_{}{}".format(*torch.cuda.get_device_capability())

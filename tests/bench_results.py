@@ -151,7 +151,7 @@ def document(rows: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
     """pytest-benchmark's JSON of rows, with facts of the machine that differ."""
     machine = {
         "node": "somebody's",
-        "device": {"name": "A processor", "class": "cpu-x86_64-2c"},
+        "device": {"name": "A processor", "class": "cpu-x86_64-avx2-2c"},
         "torch": "2.13.0+cpu",
         "threads": 2,
         "revision": "0" * 40,

@@ -113,6 +113,14 @@ def test_error_of_what_cannot_be_compared_is_infinite(other):
     assert timing.error(torch.ones(2), other) == math.inf
 
 
+def test_an_infinity_agrees_with_itself_alone():
+    some, infinite = torch.ones(3), torch.tensor([math.inf, 1.0, 1.0])
+    # Beside a tensor that agrees, too: the largest of 0 and NaN depends on which comes first.
+    for ours, theirs in ((some, infinite), (infinite, some), (-infinite, infinite)):
+        assert timing.error((some, ours), (some, theirs)) == timing.error((ours, some), (theirs, some)) == math.inf
+    assert timing.error(infinite, infinite.clone()) == 0
+
+
 def test_error_sees_one_wrong_value_beside_large_ones_of_another_tensor():
     expected = (torch.full((3,), 1e6), torch.tensor([1e-3, 2e-3]))
     assert timing.error((expected[0], torch.tensor([1e-3, 1e-3])), expected) == pytest.approx(0.5)

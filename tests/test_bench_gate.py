@@ -19,7 +19,7 @@ from bench_results import IDS, SIZES, SUBJECTS, Machine, document, results, row,
 
 from bench import again, baseline, calibrate, compare, conftest, files, gate, slowed, timing
 
-CLASS = "cpu-x86_64-2c"
+CLASS = "cpu-x86_64-avx2-2c"
 
 
 def baseline_of(machine: Machine, runs: int = 7, **keywords) -> files.Results:
@@ -176,7 +176,7 @@ def test_noise_that_passes_share_with_their_run_is_learnt_from_runs_measured_aga
     assert gate.lasting([*found[1:], dataclasses.replace(found[0], again=())]) == 1
 
 
-def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
+def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used(tmp_path):
     def run(machine, idle):
         rows = [machine.row(name, ("eager",)) for name in IDS if machine.document(())]
         for found in rows:
@@ -185,11 +185,34 @@ def test_second_thread_that_idles_shows_in_the_subject_as_it_is_used():
                 found["ours"] = {field: value * idle for field, value in found["ours"].items()}
         return results(document(rows))
 
-    then = results(baseline.merge([run(Machine(draw), None) for draw in range(5)])[0])
-    now = run(Machine(9), 2.0)
+    made = baseline.merge([run(Machine(draw), None) for draw in range(5)])[0]
+    then, now = results(made), run(Machine(9), 2.0)
     found = gate.judge(gate.checks(then.rows, now.rows), lambda wanted: {name: now.rows[name] for name, _ in wanted})
     assert slower(found) == ["route, its 6 rows, as used"]
     assert {peer for check in found for peer in check.peers.values() if "used" not in check.name} == {files.KEPT}
+    # With another number of threads what threads do is no change of ours.
+    for threads, failed in ((2, True), (1, False)):
+        baseline.write(changed(made, threads=threads), tmp_path)
+        report = gate.check(now, lambda wanted: {name: now.rows[name] for name, _ in wanted}, tmp_path)
+        assert report.failed == failed and ("as used are not judged" in report.text) != failed
+
+
+def test_a_baseline_that_notices_nothing_fails_and_says_so_when_it_is_made(tmp_path, capsys):
+    def made(folder, drift):
+        machine, paths = Machine(0, drift=drift), []
+        for i in range(3):
+            paths.append(tmp_path / f"{i}.json")
+            paths[-1].write_text(json.dumps(machine.document(IDS[:6])))
+        assert baseline.main(["--out", str(folder), "--merge", *map(str, paths)]) == 0
+        return said(folder, Machine(1).document(IDS[:6])), capsys.readouterr().out
+
+    report, text = made(tmp_path / "noisy", 0.5)
+    assert report.failed and report.text.splitlines()[-1].startswith("gate: FAILED, none of 7 checks would notice")
+    (noisy,) = [line.split("|") for line in text.splitlines() if line.startswith("| route ")]
+    report, text = made(tmp_path / "quiet", 0.01)
+    assert not report.failed and report.text.splitlines()[-1] == "gate: 7 checks, none slower"
+    (quiet,) = [line.split("|") for line in text.splitlines() if line.startswith("| route ")]
+    assert float(noisy[3]) > 2 > float(quiet[3]) and noisy[2].strip() == quiet[2].strip() == "6"
 
 
 def test_row_wanted_with_two_peers_is_measured_in_both_kinds_of_process(monkeypatch):
@@ -256,7 +279,7 @@ def changed(document: dict, **facts) -> dict:
 def test_no_baseline_fails_and_says_how_to_make_one(tmp_path):
     report = said(tmp_path, Machine(1).document())
     assert report.failed and len(report.text.splitlines()) == 1
-    assert "no baseline for cpu-x86_64-2c" in report.text and "bench baseline --preset smoke" in report.text
+    assert "no baseline for cpu-x86_64-avx2-2c" in report.text and "bench baseline --preset smoke" in report.text
 
 
 def test_healthy_run_passes_with_a_table(tmp_path, then):
@@ -285,6 +308,9 @@ def test_an_interrupted_run_is_not_judged(monkeypatch):
     assert config.stash[conftest.VERDICT] == "gate: not judged, the run was interrupted"
 
 
+DAMAGE = ("facts", "median", "q3", "runs", "ratios", "limit", "suite", "sizes")
+
+
 def without(part: str) -> str:
     found = Machine(1).document(IDS[:2])
     row = found["benchmarks"][0]["extra_info"]
@@ -292,6 +318,12 @@ def without(part: str) -> str:
         found["machine_info"] = None
     elif part == "runs":
         row["runs"] = {"eager": {"noise": [0.1]}}
+    elif part == "ratios":
+        row["runs"] = {"eager": {"noise": [0.1], "ratio": []}}
+    elif part == "limit":
+        row["limit"] = {"share": 0.5}
+    elif part in row:
+        row.pop(part)
     else:
         row["ours"].pop(part)
     return json.dumps(found)
@@ -300,13 +332,13 @@ def without(part: str) -> str:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        *((without(part), "not a result of pytest-benchmark") for part in ("facts", "median", "runs")),
+        *((without(part), "not a result of pytest-benchmark") for part in DAMAGE),
         ("{", "not JSON"),
         ("[]", "not a result of pytest-benchmark"),
         (json.dumps(document([])), "not made by `python -m bench baseline`"),
         (json.dumps(Machine(1).document(IDS[:2])), "not made by `python -m bench baseline`"),
     ],
-    ids=["no-facts", "no-median", "no-ratios", "broken", "other", "empty", "one-run"],
+    ids=[*DAMAGE, "broken", "other", "empty", "one-run"],
 )
 def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
     path = tmp_path / CLASS / "smoke-float32.json"
@@ -323,9 +355,9 @@ def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
         ({"device": {"name": "B", "class": "cuda-sm_90"}}, "measured on cuda-sm_90", True),
         ({"device": {"name": "B", "class": CLASS}}, "device differs, B then and A processor now", False),
         ({"dirty": True}, "dirty tree", False),
-        ({"torch": "2.11.0"}, "torch differs, 2.11.0 then and 2.13.0+cpu now", False),
+        *(({fact: "other"}, f"{fact} differs, other then and ", False) for fact in files.DECISIVE),
     ],
-    ids=["contract", "class", "device", "dirty", "torch"],
+    ids=["contract", "class", "device", "dirty", *files.DECISIVE],
 )
 def test_baseline_of_other_circumstances_is_a_line(tmp_path, then, facts, words, fails):
     path = tmp_path / CLASS / "smoke-float32.json"
@@ -371,7 +403,9 @@ def test_run_of_which_nothing_can_be_compared_fails(tmp_path, then):
 def test_row_that_raises_now_fails(tmp_path, then):
     baseline.write(then, tmp_path)
     now = Machine(1).document(IDS[1:])
-    now["not_measured"] = [{"id": IDS[0], "preset": "smoke", "dtype": "float32", "error": "ours raised ValueError: no"}]
+    lost = {**row(IDS[0], timings(1.0)), "error": "ours raised ValueError: no"}
+    del lost["ours"]
+    now["not_measured"] = [lost]
     report = said(tmp_path, now)
     assert report.failed and f"gate: FAILED, {IDS[0]}: ours raised ValueError: no" in report.text.splitlines()
 
@@ -422,16 +456,18 @@ def test_baseline_has_each_run_and_nothing_of_the_machines_owner(tmp_path, then)
     assert sum(map(all, zip(*chosen, strict=True))) == 1
 
 
+# That a run was slowed on purpose is refused for itself.
+SAME = tuple(fact for fact in files.DECISIVE if fact != "slowed")
+
+
 @pytest.mark.parametrize(
     ("facts", "words"),
     [
         ({"revision": "1" * 40}, "revision"),
-        ({"threads": 1}, "threads"),
-        ({"torch": "2.11.0"}, "torch"),
-        ({"seconds": 9.0}, "seconds"),
         ({"backend": "reference"}, "backend"),
+        *(({fact: "other"}, fact) for fact in SAME),
     ],
-    ids=["revision", "threads", "torch", "seconds", "backend"],
+    ids=["revision", "backend", *SAME],
 )
 def test_runs_that_differ_are_not_merged(facts, words):
     machine = Machine(0)
@@ -493,7 +529,15 @@ def test_what_was_measured_again_stands_in_the_baseline_beside_its_run():
     )
     assert "again" not in row
     runs[1].rows[IDS[0]].pop("again")
-    assert "again" not in results(baseline.merge(runs)[0]).rows[IDS[0]]["runs"]["eager"]
+    merged, notes = baseline.merge(runs)
+    assert "again" not in results(merged).rows[IDS[0]]["runs"]["eager"]
+    assert notes == [f"measured again after some of the runs only, which does not count: {IDS[0]}"]
+
+
+def test_the_rows_of_a_baseline_are_of_the_run_nearest_to_the_medians():
+    runs = [document([row(name, timings(1.0, eager=r)) for name, r in zip(IDS, rs)]) for rs in ((2, 9), (5, 5), (6, 4))]
+    found = results(baseline.merge([results(run) for run in runs])[0])
+    assert [found.rows[name]["peers"]["eager"]["ratio"]["value"] for name in IDS[:2]] == [5, 5]
 
 
 def test_two_runs_are_too_few():
@@ -717,6 +761,18 @@ def test_compare_sorts_by_change_and_marks_times_as_absolute(tmp_path, capsys):
     slow = next(line for line in first.splitlines() if line.startswith(f"| {IDS[1]}"))
     assert "-16.7%" in slow and slow.endswith("| slower       |")
     assert next(line for line in first.splitlines() if line.startswith(f"| {IDS[0]} ")).endswith("within noise |")
+
+
+def test_compare_is_by_kept_memory_and_the_range_of_a_baselines_runs(tmp_path, capsys):
+    def file(ratio, *runs):
+        kept = {"median": 2.0, "ratio": {"value": ratio, "low": ratio / 1.01, "high": ratio * 1.01, "certain": True}}
+        made = row(IDS[0], timings(1.0, eager=6.0), memory={"eager_kept": kept})
+        return document([made | ({"runs": {files.KEPT: {"ratio": runs, "noise": [0.01]}}} if runs else {})])
+
+    for then, words in ((file(2.5), "slower"), (file(2.5, 1.9, 2.5, 2.6), "within noise")):
+        assert compare.main(pair(tmp_path, then, file(2.0))) == 0
+        line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(f"| {IDS[0]} "))
+        assert files.KEPT in line and "-20.0%" in line and line.split("|")[-2].strip() == words
 
 
 def test_compare_of_two_devices_warns_and_has_no_times(tmp_path, capsys):

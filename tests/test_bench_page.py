@@ -104,32 +104,32 @@ def test_page_without_any_result_says_so():
 
 def test_times_are_for_gpus_alone(cpu, gpu):
     text = page.render([cpu, gpu])
-    of_cpu, of_gpu = section(text, "cpu-x86_64-2c design float32"), section(text, "cuda-sm_90 gpu bfloat16")
+    of_cpu, of_gpu = section(text, "cpu-x86_64-avx2-2c design float32"), section(text, "cuda-sm_90 gpu bfloat16")
     assert " us |" not in of_cpu and " ms" not in of_cpu
     head = cells(of_gpu, "", "ours")
     assert cells(of_gpu, "route forward")[head.index("us")] == "1000"
 
 
 def test_curves_are_relative_to_our_first(cpu):
-    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    text = section(page.render([cpu]), "cpu-x86_64-avx2-2c design float32")
     assert cells(text, "route forward", "T = 1, 8")[2:] == ["1.00, 4.00", "2.00 ±0%, 10.00 ±0%"]
 
 
 def test_step_without_the_loss_is_quoted_where_it_was_interleaved(cpu):
     # The times of two rows are of different minutes: nothing is said of them.
-    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    text = section(page.render([cpu]), "cpu-x86_64-avx2-2c design float32")
     assert cells(text, "mode") == ["mode", "eager", "peak, MB", "eager's"]
     assert cells(text, "decode") == ["decode", "3.00 ±0%", "3", ""] and page.STEPS not in text
     found = stated("design", "float32", "cpu")
     found.rows["step/decode"]["none"] = {"ratio": {"value": 0.8, "low": 0.76, "high": 0.82, "certain": True}}
-    text = section(page.render([found]), "cpu-x86_64-2c design float32")
+    text = section(page.render([found]), "cpu-x86_64-avx2-2c design float32")
     assert cells(text, "mode") == ["mode", "none", "eager", "peak, MB", "eager's"] and page.STEPS in text
     assert cells(text, "decode") == ["decode", "0.80 ±5%", "3.00 ±0%", "3", ""]
     assert cells(text, "none") == ["none", "", "2.00 ±0%", "3", ""]
 
 
 def test_memory_is_stated_beside_eagers_and_ratios_with_kept_memory(cpu):
-    text = section(page.render([cpu]), "cpu-x86_64-2c design float32")
+    text = section(page.render([cpu]), "cpu-x86_64-avx2-2c design float32")
     head, found = cells(text, "", "ours"), cells(text, "route forward", "cpu")
     assert [found[head.index(name)] for name in ("peak, MB", "eager's", "kept")] == ["3", "7", "2.50 ±4%"]
 
@@ -154,7 +154,7 @@ def test_command_writes_the_same_twice_and_takes_old_pictures_away(tmp_path, cap
     machine = Machine(0)
     merged, _ = baseline.merge([results(machine.document(IDS[:8])) for _ in range(3)])
     baseline.write(merged, tmp_path / "in")
-    broken = tmp_path / "in" / "cpu-x86_64-2c" / "broken.json"
+    broken = tmp_path / "in" / "cpu-x86_64-avx2-2c" / "broken.json"
     broken.write_text("{")
     old, other = (tmp_path / "out" / "results" / name for name in ("cpu-old-smoke-float32-ratios.svg", "logo.svg"))
     old.parent.mkdir(parents=True)
@@ -175,7 +175,7 @@ def test_command_writes_the_same_twice_and_takes_old_pictures_away(tmp_path, cap
 
 
 def test_page_is_made_of_one_run_too(tmp_path, capsys):
-    path = tmp_path / "in" / "cpu-x86_64-2c" / "smoke-float32.json"
+    path = tmp_path / "in" / "cpu-x86_64-avx2-2c" / "smoke-float32.json"
     path.parent.mkdir(parents=True)
     run = Machine(0).document(IDS[:8])
     lost = {**row(IDS[8], timings(1.0)), "error": "does not fit: eager takes 9.0 GB"}
@@ -185,13 +185,36 @@ def test_page_is_made_of_one_run_too(tmp_path, capsys):
     path.write_text(json.dumps({**run, "not_measured": [lost]}))
     assert page.main(["--results", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "results.md").read_text()
-    assert cells(text, "cpu-x86_64-2c")[-1] == "1" and "±" in cells(text, "route forward", "cpu")[3]
+    assert cells(text, "cpu-x86_64-avx2-2c")[-1] == "1" and "±" in cells(text, "route forward", "cpu")[3]
     assert f"- does not fit: eager takes 9.0 GB ({IDS[8]})" in text.splitlines()
     # The gate has no noise from it, and says so in a line.
     report = gate.check(results(Machine(1).document(IDS[:8])), lambda names: {}, tmp_path / "in")
     assert report.failed and report.text == (
         f"gate: FAILED, {path}: not made by `python -m bench baseline`, so nothing is known of its noise"
     )
+
+
+def test_figures_of_several_runs_are_their_median_and_targets_are_judged_on_each():
+    runs = [stated("design", "float32", "cpu") for _ in range(3)]
+    for run, factor in zip(runs, (1.0, 0.8, 1.2)):
+        for name in list(run.rows)[2:]:  # of sizes that the preset does not have
+            run.rows.pop(name)
+        for each in run.rows.values():
+            for peer in each["peers"].values():
+                if "ratio" in peer:
+                    peer["q1"] *= factor
+    merged = results(baseline.merge(runs)[0])
+    text = page.render([merged])
+    route, attention = merged.rows["route/forward"]["runs"]["eager"]["ratio"], "group_attention"
+    assert cells(text, "route", "forward", "eager") == ["route", "forward", "eager", "4.50", "5.00 met in 2 of 3 runs"]
+    assert cells(text, attention, "forward", "eager or sdpa")[-1] == "9.00 met in 1 of 3 runs"
+    assert cells(text, attention, "forward", "compile")[-1] == "7.00 met in 2 of 3 runs"
+    assert sorted(route) == pytest.approx([4, 5, 6]) and cells(text, "route forward", "cpu")[3] == "5.00 ±20%"
+
+
+def test_a_folder_without_results_changes_nothing(tmp_path, capsys):
+    assert page.main(["--results", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err == f"{tmp_path / 'none'}: no results in it\n" and not (tmp_path / "out").exists()
 
 
 def test_page_says_what_the_gate_notices():
@@ -214,7 +237,7 @@ def test_page_says_what_the_gate_notices():
 
 
 def test_file_without_rows_is_a_line(tmp_path):
-    path = tmp_path / "cpu-x86_64-2c" / "plain.json"
+    path = tmp_path / "cpu-x86_64-avx2-2c" / "plain.json"
     path.parent.mkdir()
     path.write_text(json.dumps({"machine_info": {}, "benchmarks": []}))
     assert page.read(tmp_path) == ([], [f"{path}: no rows of bench in it"])
