@@ -8,7 +8,6 @@ name the same device. Files of pytest-benchmark without rows of bench have times
 
 import argparse
 import math
-import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from bench import files
 from bench.files import Results
 
 INTERVAL = (
-    "from the lowest to the highest of a baseline's runs, else one run's own 95 % (unchanged code leaves a quarter)"
+    "from the lowest to the highest of a baseline's runs, else one run's own 95 %, which unchanged code may leave"
 )
 
 
@@ -52,11 +51,10 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
             notes.append(f"{name}: {difference}, not compared")
             continue
         found = {}
-        now_peers = _peers(new[name])
-        for peer, then_peer in _peers(old[name]).items():
-            now_peer = now_peers.get(peer, {})
-            if "ratio" in then_peer and "ratio" in now_peer:
-                found[peer] = Change(name, peer, _interval(old[name], peer), _interval(new[name], peer))
+        for peer in (*old[name]["peers"], files.KEPT):
+            one, other = files.ratio(old[name], peer), files.ratio(new[name], peer)
+            if one and other:
+                found[peer] = Change(name, peer, _interval(one), _interval(other))
         if found:
             changes.append(found.get(files.KEPT) or min(found.values(), key=_width))
         else:
@@ -71,10 +69,6 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
     return sorted(changes, key=lambda change: (change.factor, change.name)), notes
 
 
-def _peers(row: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return row["peers"] | {files.KEPT: row.get("memory", {}).get("eager_kept") or {}}
-
-
 def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     # In what two rows are not of the same work.
     sides = [{**row.get("sizes", {}), "dtype": row.get("dtype"), "backend": row.get("backend")} for row in (old, new)]
@@ -84,10 +78,7 @@ def _differs(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
     return f"{then} then and {now} now" if then or now else ""
 
 
-def _interval(row: Mapping[str, Any], peer: str) -> tuple[float, float, float]:
-    if runs := row.get("runs", {}).get(peer):
-        return statistics.median(runs["ratio"]), min(runs["ratio"]), max(runs["ratio"])
-    ratio = _peers(row)[peer]["ratio"]
+def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
     return ratio["value"], ratio["low"], ratio["high"]
 
 

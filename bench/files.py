@@ -4,6 +4,7 @@ A baseline is such a file too: one row an id, with `runs` beside it (see `bench.
 """
 
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def results(document: Any, path: Path = Path("this run")) -> Results:
 
 
 def _whole(row: Mapping[str, Any]) -> None:
-    # KeyError, TypeError or AttributeError where a row that was measured lacks what everyone reads.
+    # KeyError, TypeError, ValueError or AttributeError where a row lacks what everyone reads.
     lacks = ROW - row.keys()
     if "ours" in row:
         lacks |= TIMED - row.keys()
@@ -106,6 +107,16 @@ def _whole(row: Mapping[str, Any]) -> None:
 def measured(found: Results) -> dict[str, Mapping[str, Any]]:
     """The rows that have times."""
     return {name: row for name, row in found.rows.items() if "ours" in row}
+
+
+def ratio(row: Mapping[str, Any], peer: str | None) -> Mapping[str, Any] | None:
+    """A row's ratio to a peer or to `KEPT`: in a baseline the median of its runs, from the lowest to the highest; else the
+    run's own with its 95 % interval; None where there is none."""
+    if runs := row.get("runs", {}).get(peer):
+        values = runs["ratio"]
+        return {"value": statistics.median(values), "low": min(values), "high": max(values), "certain": True}
+    found = row.get("memory", {}).get("eager_kept") if peer == KEPT else row.get("peers", {}).get(peer)
+    return (found or {}).get("ratio")
 
 
 def baseline_path(machine: Mapping[str, Any], preset: str, dtype: str, folder: Path = RESULTS) -> Path:

@@ -285,18 +285,8 @@ def _absent(rows: Sequence[Row]) -> list[str]:
     return [f"{line} ({', '.join(ids)})" for line, ids in lines.items()]
 
 
-def _ratio_of(row: Row, peer: str | None) -> Mapping[str, Any] | None:
-    runs = row.get("runs", {}).get(peer)
-    if runs:
-        values = runs["ratio"]
-        return {"value": statistics.median(values), "low": min(values), "high": max(values), "certain": True}
-    if peer == files.KEPT:
-        return (row.get("memory", {}).get("eager_kept") or {}).get("ratio")
-    return row.get("peers", {}).get(peer, {}).get("ratio")
-
-
 def _ratio(row: Row, peer: str | None) -> str:
-    found = _ratio_of(row, peer)
+    found = files.ratio(row, peer)
     return table.ratio(found) if found else ""
 
 
@@ -346,12 +336,12 @@ def pictures(found: Sequence[Results]) -> dict[str, Callable[[Any], None]]:
 
 def draw_ratios(figure: Any, rows: Sequence[Row]) -> None:
     """A bar for each peer of each op, with its interval; to the right of 1 ours is faster."""
-    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"] if _ratio_of(row, peer)))
+    peers = list(dict.fromkeys(peer for row in rows for peer in row["peers"] if files.ratio(row, peer)))
     figure.set_size_inches(8, 0.4 * len(rows) + 1)
     axes = figure.add_subplot()
     height = 0.8 / max(len(peers), 1)
     for i, peer in enumerate(peers):
-        places = [(n, _ratio_of(row, peer)) for n, row in enumerate(rows) if _ratio_of(row, peer)]
+        places = [(n, files.ratio(row, peer)) for n, row in enumerate(rows) if files.ratio(row, peer)]
         values = [ratio["value"] for _, ratio in places]
         sides = [[r["value"] - r["low"] for _, r in places], [r["high"] - r["value"] for _, r in places]]
         heights = [n + i * height for n, _ in places]
@@ -390,7 +380,7 @@ def draw_scaling(figure: Any, lines: Mapping[tuple[str, str, str], Sequence[Row]
     for n, ((subject, direction, name), rows) in enumerate(lines.items()):
         axes = figure.add_subplot(below, columns, n + 1)
         first = rows[0]["ours"]["median"]
-        peers = dict.fromkeys(peer for row in rows for peer in row["peers"] if _ratio_of(row, peer))
+        peers = dict.fromkeys(peer for row in rows for peer in row["peers"] if files.ratio(row, peer))
         for who in ("ours", *peers):
             found = [
                 (row["variant"][name], row["ours"] if who == "ours" else row["peers"].get(who, {})) for row in rows
