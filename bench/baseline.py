@@ -43,6 +43,7 @@ KEPT_FACTS = (
     "revision",
     "dirty",
     "load",
+    "busy",
     "date",
     "contract",
     "contract_version",
@@ -204,6 +205,8 @@ def _made(count: int, options: Sequence[str]) -> list[Path]:
         print(f"run {i + 1} of {count}: {path}", flush=True)
         code = run(options, path)
         if not path.exists():
+            if not i:
+                folder.rmdir()
             raise files.Unusable(f"run {i + 1} ended with {code} and measured nothing")
         if code == pytest.ExitCode.INTERRUPTED:
             raise KeyboardInterrupt

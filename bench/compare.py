@@ -2,12 +2,14 @@
 
 Rows are compared by their ratio to eager with kept memory where both files have it, else to the peer whose intervals are the
 narrowest, and so across machines too, with a warning. A baseline's interval is from the lowest to the highest of its runs; that
-of a single run says nothing of other runs, so that unchanged code moves in some rows. Times are compared only where both files
-name the same device. Files of pytest-benchmark without rows of bench have times alone.
+of a single run knows nothing of other runs, so for the verdict intervals are widened by how much more all rows differ than
+theirs say. Times have no verdict, and stand beside each other only where both files name the same device; files of
+pytest-benchmark without rows of bench have them alone. Exit code 0: compared, whatever moved; 1: nothing could be.
 """
 
 import argparse
 import math
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ from typing import Any
 from bench import files
 from bench.files import Results
 
-INTERVAL = (
-    "from the lowest to the highest of a baseline's runs, else one run's own 95 %, which unchanged code may leave"
-)
+INTERVAL = "from the lowest to the highest of a baseline's runs, else one run's own 95 %"
+# Fewer do not say how much two runs differ beyond their intervals.
+LEAST_ROWS = 8
+# Of the logarithm of a ratio; what agrees better does by chance.
+LEAST_WIDTH = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,10 +40,28 @@ class Change:
         """How many times faster ours is now."""
         return self.now[0] / self.then[0] if self.peer else self.then[0] / self.now[0]
 
-    @property
-    def moved(self) -> bool:
-        """Whether the intervals are apart."""
-        return self.now[1] > self.then[2] or self.now[2] < self.then[1]
+    def moved(self, excess: float = 1.0) -> bool:
+        """Whether the intervals, so many times as wide, are apart."""
+        (_, low, high), (_, least, most) = (
+            (value, value * (low / value) ** excess, value * (high / value) ** excess)
+            for value, low, high in (self.then, self.now)
+        )
+        return least > high or most < low
+
+
+def excess(changes: Sequence[Change]) -> float:
+    """How many times as much as their intervals say two files differ without a cause: the spread of all rows' changes about
+    their median, by the median deviation, of which a few rows that did move are no part; 1 for fewer than `LEAST_ROWS`."""
+    if len(changes) < LEAST_ROWS:
+        return 1.0
+    # In standard deviations, of which 1.96 are a 95 % interval's half, and 0.6745 a median deviation.
+    units = [math.log(change.factor) / math.hypot(*map(_half, (change.then, change.now))) * 1.96 for change in changes]
+    middle = statistics.median(units)
+    return max(1.0, statistics.median(abs(unit - middle) for unit in units) / 0.6745)
+
+
+def _half(figure: tuple[float, float, float]) -> float:
+    return max(math.log(figure[2] / figure[1]) / 2, LEAST_WIDTH)
 
 
 def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
@@ -83,7 +105,7 @@ def _interval(ratio: Mapping[str, Any]) -> tuple[float, float, float]:
 
 
 def _width(change: Change) -> float:
-    return math.log(change.then[2] / change.then[1]) + math.log(change.now[2] / change.now[1])
+    return _half(change.then) + _half(change.now)
 
 
 def times(then: Results, now: Results) -> list[Change]:
@@ -114,11 +136,18 @@ def report(then: Results, now: Results) -> str:
     changes, notes = ratios(then, now)
     lines = [*files.warnings(then), *files.warnings(now), *files.differences(then, now), *notes]
     if changes:
-        lines += ["", f"ratios: the peer's time over ours, {INTERVAL}; lowest change first", _table(changes, _ratio)]
+        wide = excess(changes)
+        lines += ["", f"ratios: the peer's time over ours, {INTERVAL}; lowest change first"]
+        if wide > 1:
+            lines.append(
+                f"the files differ {wide:.1f} times as much as these say: so much wider they are for the verdict"
+            )
+        verdicts = [("slower" if c.factor < 1 else "faster") if c.moved(wide) else "within noise" for c in changes]
+        lines.append(_table(changes, _ratio, verdicts))
     if then.device == now.device:
         if found := times(then, now):
             lines += ["", f"ABSOLUTE times on {now.device}: median, quartiles; they move with the machine's load too"]
-            lines.append(_table(found, _seconds))
+            lines.append(_table(found, _seconds, [""] * len(found)))
     else:
         lines += ["", "times are not compared: the devices differ"]
         found = []
@@ -136,12 +165,11 @@ def _seconds(figure: tuple[float, float, float]) -> str:
     return "{:.4g} ms [{:.4g}, {:.4g}]".format(*(value * 1e3 for value in figure))
 
 
-def _table(changes: Sequence[Change], cell: Any) -> str:
+def _table(changes: Sequence[Change], cell: Any, verdicts: Sequence[str]) -> str:
     cells = [("row", "peer", "then", "now", "speed of ours", "")]
-    for change in changes:
-        moved = ("slower" if change.factor < 1 else "faster") if change.moved else "within noise"
+    for change, verdict in zip(changes, verdicts, strict=True):
         values = cell(change.then), cell(change.now)
-        cells.append((change.name, change.peer or "", *values, f"{change.factor - 1:+.1%}", moved))
+        cells.append((change.name, change.peer or "", *values, f"{change.factor - 1:+.1%}", verdict))
     return "\n".join(files.table(cells))
 
 

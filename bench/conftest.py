@@ -66,9 +66,13 @@ def pytest_sessionstart(session: pytest.Session) -> None:
     # Said before anything is measured, with -q too: the run ends with it, after its table.
     config = session.config
     settings, folder = config.stash[SESSION].settings, config.getoption("bench_baselines")
+    if not config.getoption("bench_gate"):
+        return
     path = files.baseline_path(config.stash[FACTS], settings.name, settings.dtype, folder)
-    if config.getoption("bench_gate") and (lack := gate.missing(path)):
-        config.pluginmanager.get_plugin("terminalreporter").write_line(f"gate: will fail, {lack}")
+    try:
+        gate.baseline(path, files.Results(Path("this run"), config.stash[FACTS], {}, {}))
+    except files.Unusable as problem:
+        config.pluginmanager.get_plugin("terminalreporter").write_line(f"gate: will fail, {problem}")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -156,8 +160,8 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         changes = "".join(f", {size}={value}" for size, value in settings.changes.items())
         terminalreporter.section(f"bench, preset {settings.name}{changes}, {settings.dtype} on {settings.device}")
         facts = config.stash[FACTS]
-        busy = facts["load"][0] > facts["cores"] / 4
-        notes = ["BUSY before this began: unless that has ended, it is in every number below"] if busy else []
+        busy = (facts["busy"] or 0.0) > facts["cores"] / 8
+        notes = ["BUSY when this began: unless that has ended, it is in every number below"] if busy else []
         for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows), *_idle(config, rows)]:
             terminalreporter.write_line(line)
     if VERDICT in config.stash:

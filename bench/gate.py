@@ -124,15 +124,20 @@ def lasting(found: Sequence[Series]) -> float:
     it out; 1, the worst case, where the baseline's runs were not measured again.
 
     Half the mean square of the differences between a run and what was measured again after it is the variance that they do
-    not share. What is returned is one standard error to the safe side.
+    not share. Its share is a sum over all over a sum over all, each in its own rounds' noise: a mean of quotients would be too
+    large, since few runs often have a variance near zero. What is returned is one standard error to the safe side.
     """
-    apart = [
-        statistics.mean((a - b) ** 2 for a, b in zip(s.values, s.again)) / (2 * s.variance) for s in found if s.again
+    pairs = [
+        (statistics.mean((a - b) ** 2 for a, b in zip(s.values, s.again)) / s.rounds**2, 2 * s.variance / s.rounds**2)
+        for s in found
+        if s.again
     ]
-    if len(apart) < max(2, len(found)):
+    if len(pairs) < max(2, len(found)):
         return 1.0
-    error = statistics.stdev(apart) / math.sqrt(len(apart))
-    return min(1.0, max(0.0, 1 - statistics.mean(apart) + error))
+    total = sum(whole for _, whole in pairs)
+    apart = sum(one for one, _ in pairs) / total
+    error = math.sqrt(sum((one - apart * whole) ** 2 for one, whole in pairs) * len(pairs) / (len(pairs) - 1)) / total
+    return min(1.0, max(0.0, 1 - apart + error))
 
 
 @dataclass
@@ -380,7 +385,7 @@ def missing(path: Path) -> str | None:
     make = f"python -m bench baseline --preset {preset} --dtype {dtype}"
     if path.parents[1] != files.RESULTS:
         make += f" --out {path.parents[1]}"
-    return f"no baseline for {path.parent.name}, {path.stem}: `{make}` makes one"
+    return f"no baseline for {path.parent.name}, {path.stem}: `{make}` makes one in 7 runs, with -k of some rows"
 
 
 def baseline(path: Path, now: Results) -> Results:
@@ -415,8 +420,9 @@ def _comparable(then: Results, rows: Mapping[str, Row]) -> tuple[dict[str, Row],
     other = [
         name for name in gated(then) if "ours" in rows.get(name, {}) and rows[name]["sizes"] != then.rows[name]["sizes"]
     ]
+    absent = "in the baseline and not in this run, nor any subject of theirs as a whole"
     for names, words in (
-        (missing, "in the baseline and not in this run"),
+        (missing, absent),
         (new, "new: not in the baseline"),
         (other, "of other sizes than the baseline's, not compared"),
     ):

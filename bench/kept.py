@@ -1,9 +1,10 @@
 """Eager against ours in processes in which glibc keeps all memory: what is left of a ratio without the page faults of fresh
 outputs, which the backend's kept buffers do not have either.
 
-A row's rounds are taken in several processes, one after the other. Each is forked from one that has imported everything and
-computed nothing, so that a row finds the same heap whatever was measured before it. Where its memory lies differs from process
-to process, and moves a ratio by more than anything that the rounds of one process see.
+A row's rounds are taken in several processes, one after the other, since where code and memory lie moves a ratio by more than
+anything that the rounds of one process see. Each is forked from another parent, which has imported everything and computed
+nothing: so a row finds the same heap whatever was measured before it, and what differs from one start of Python to the next
+is in how much the processes differ. (From one parent, its addresses would be in all of them, and only in those.)
 """
 
 import contextlib
@@ -14,6 +15,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from multiprocessing.connection import Connection
@@ -29,6 +31,7 @@ Row = dict[str, Any]
 
 # Processes for each row; its seconds and its rounds are divided among them.
 PROCESSES = 4
+SIDES = ("ours", "eager")
 # One that says nothing for so long, and 20 times the seconds of a measurement, is ended.
 STUCK_SECONDS = 600.0
 # An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
@@ -44,7 +47,7 @@ ENVIRONMENT = {
 
 
 class Kept:
-    """What forks the processes, begun once for many rows. It imports for some seconds and then waits while it is not asked.
+    """The parents, begun once for many rows. They import for some seconds and then wait while they are not asked.
 
     Args:
         settings: of the run.
@@ -53,42 +56,61 @@ class Kept:
     def __init__(self, settings: Settings) -> None:
         command = [sys.executable, "-m", "bench.kept", json.dumps(settings.options() | {"peers": "eager"})]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
-        self._process = subprocess.Popen(
-            command,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
+        self._said = tempfile.TemporaryFile("w+")  # what they write to stderr
+        self._parents = [
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+                text=True,
+            )
+            for _ in range(PROCESSES)
+        ]
         self._ready = False
 
     def wait(self) -> None:
-        """Until it has imported everything: nothing is to be timed beside that."""
+        """Until they have imported everything: nothing is to be timed beside that."""
         if not self._ready:
-            self._process.stdout.readline()
+            for parent in self._parents:
+                parent.stdout.readline()
             self._ready = True
 
     def ask(self, name: str) -> Row:
         """What `answer` says of a benchmark; {"error": why} where it says nothing."""
         self.wait()
-        try:
-            print(name, file=self._process.stdin, flush=True)
-            return json.loads(self._process.stdout.readline())
-        except (OSError, ValueError):
-            self.close()
-            return {"error": f"the process that measures it has ended ({self._process.returncode})"}
+        found = []
+        # Outputs are compared in the first alone: all run the same code.
+        for checks, parent in zip((True, *(PROCESSES - 1) * (False,)), self._parents, strict=True):
+            try:
+                print(json.dumps([name, checks]), file=parent.stdin, flush=True)
+                said = json.loads(parent.stdout.readline())
+            except (OSError, ValueError):
+                self.close()
+                return {"error": f"a process that measures it has ended ({parent.returncode}){self._last_words()}"}
+            if "error" in said:
+                return said
+            found.append({side: Timing(tuple(said[side]["samples"]), said[side]["calls"]) for side in SIDES})
+        return answer(found) | {"threads": said["threads"]}
 
     def ended(self) -> bool:
         """Whether there is nothing left to ask."""
-        return self._process.poll() is not None
+        return any(parent.poll() is not None for parent in self._parents)
 
     def close(self) -> None:
-        """Ends it, if it has not ended."""
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
+        """Ends them, if they have not ended."""
+        for parent in self._parents:
+            with contextlib.suppress(BrokenPipeError):
+                parent.stdin.close()
+        for parent in self._parents:
+            parent.wait()
+            parent.stdout.close()
+
+    def _last_words(self) -> str:
+        self._said.seek(0)
+        lines = self._said.read().split("\n")
+        return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 
 def answer(found: Sequence[dict[str, Timing]]) -> Row:
@@ -96,7 +118,7 @@ def answer(found: Sequence[dict[str, Timing]]) -> Row:
     quartile over lower quartile; and their geometric mean, with a 95 % interval from how much they differ (Student's t)."""
     every = {
         name: Timing(tuple(sample for one in found for sample in one[name].samples), found[0][name].calls)
-        for name in ("ours", "eager")
+        for name in SIDES
     }
     logs = [math.log(one["eager"].quartiles[0] / one["ours"].quartiles[0]) for one in found]
     middle, count = statistics.mean(logs), len(logs)
@@ -151,7 +173,7 @@ def _child(send: Connection, name: str, settings: Settings, threads: int, checks
 
 
 def serve(arguments: Sequence[str]) -> None:
-    """The process behind `Kept`: a line when it is ready; then an id a line in, a row a line out."""
+    """A parent behind `Kept`: a line when it is ready; then [id, whether to compare outputs] a line in, samples a line out."""
     settings = presets.settings(**json.loads(arguments[0]))
     threads = settings.preset.kept_threads or torch.get_num_threads()
     # A pool of threads does not outlive a fork, so none is begun here. What is imported at first use is imported now.
@@ -161,9 +183,10 @@ def serve(arguments: Sequence[str]) -> None:
         suites.find(name, small).build(small)
     print("ready", flush=True)
     for line in sys.stdin:
+        name, checks = json.loads(line)
         try:
-            rows = [_forked(line.strip(), settings, threads, i == 0) for i in range(PROCESSES)]
-            found = answer(rows) | {"threads": threads}
+            found: Row = {side: asdict(one) for side, one in _forked(name, settings, threads, checks).items()}
+            found["threads"] = threads
         except RuntimeError as problem:
             found = {"error": str(problem)}
         print(json.dumps(found), flush=True)

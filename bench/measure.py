@@ -39,7 +39,6 @@ class Session:
         self.settings, self.alone = settings, alone
         self._limits: tuple[float, timing.Bandwidth, float] | None = None
         self._kept: Kept | None = None
-        self._frozen = False
 
     def close(self) -> None:
         """Ends the process with kept memory, if there is one."""
@@ -91,9 +90,8 @@ class Session:
 
     def _collect(self) -> None:
         gc.collect()
-        if not self._frozen:
+        if not gc.get_freeze_count():
             gc.freeze()  # what the first row leaves stays for good, torch's modules above all: 0.3 s to go through
-            self._frozen = True
 
     def _timed(self, row: Row, benchmark: Benchmark, built: Built, refused: Mapping[str, str]) -> tuple[Row, Timing]:
         settings, plan = self.settings, benchmark.plan(self.settings)
@@ -162,11 +160,7 @@ class Session:
 
     def _limit(self, cost: Cost, seconds: float) -> Row:
         bandwidth, rate = self._measured_limits()
-        plan = Plan(warmup=0.05, seconds=min(0.3, self.settings.seconds / 2), least=3)
-        # The most that the machine was seen to multiply: a large square product, or the op's own if they go faster. What the
-        # library reaches at the op's shapes, which may be narrow, stands beside it.
-        dtype, device = self.settings.torch_dtype, self.settings.device
-        at_shapes = timing.product_rate(cost.products, plan, dtype, device) if cost.products else None
+        at_shapes = rate_at_shapes(cost, self.settings)
         rate = max(rate, at_shapes or 0.0)
         by = {"bytes": cost.bytes / bandwidth.reused, "operations": cost.operations / rate}
         floor = max(by.values())
@@ -191,9 +185,7 @@ class Session:
         if self._limits is None or time.monotonic() - self._limits[0] > LIMITS_SECONDS:
             settings = self.settings
             bandwidth = timing.copy_bandwidth(Plan(warmup=0.05, seconds=0.4, least=3), settings.device)
-            plan = Plan(warmup=0.1, seconds=0.3, least=3)
-            rate = timing.product_rate([SQUARE[settings.device]], plan, settings.torch_dtype, settings.device)
-            self._limits = time.monotonic(), bandwidth, rate
+            self._limits = time.monotonic(), bandwidth, square_rate(settings)
         return self._limits[1:]
 
     def _add_kept(self, row: Row, benchmark: Benchmark) -> None:
@@ -204,6 +196,21 @@ class Session:
             row["notes"].append(f"kept memory: {found['error']}")
         else:
             row["memory"]["eager_kept"] = found
+
+
+def square_rate(settings: Settings) -> float:
+    """Operations a second of torch's product of large squares."""
+    plan = Plan(warmup=0.1, seconds=0.3, least=3)
+    return timing.product_rate([SQUARE[settings.device]], plan, settings.torch_dtype, settings.device)
+
+
+def rate_at_shapes(cost: Cost, settings: Settings) -> float | None:
+    """The same at an op's own products, which may be narrow, or go faster; None where it has none.
+
+    What an op is held against is the larger of both: the most that the machine was seen to multiply.
+    """
+    plan = Plan(warmup=0.05, seconds=min(0.3, settings.seconds / 2), least=3)
+    return timing.product_rate(cost.products, plan, settings.torch_dtype, settings.device) if cost.products else None
 
 
 def _header(benchmark: Benchmark, settings: Settings) -> Row:

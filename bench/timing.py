@@ -26,7 +26,7 @@ from torch import Tensor
 Call = Callable[[], Any]
 
 # What a number means; whoever compares two files compares numbers of one contract only.
-CONTRACT_VERSION = 1
+CONTRACT_VERSION = 2
 CONTRACT = (
     "Outputs are compared before anything is timed, and what disagrees has no time. Callables run interleaved in shuffled "
     "order; times are medians of rounds with quartiles; a ratio is the peer's median over ours, with a 95 % interval for the "
@@ -35,8 +35,8 @@ CONTRACT = (
     "to 64 copies of their arguments, as many as fill four L2 caches, and everyone's are replayed from CUDA graphs, each copy "
     "with outputs of its own, where one's call is under twice its host time; models: one call a sample, the L2 flushed before. "
     "Warm-up is by time. Limits (copy bandwidth, library product) are measured in the same run, best rounds. With kept memory: "
-    "ours and eager again in four processes, one by one, whose allocator returns nothing; the ratio is the geometric mean "
-    "of theirs, lower quartile over lower quartile, with Student's 95 % interval over the four."
+    "ours and eager again in four processes, one by one, each of its own parent's and with an allocator that returns nothing; "
+    "the ratio is the geometric mean of theirs, lower quartile over lower quartile, with Student's 95 % interval over the four."
 )
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -500,11 +500,15 @@ ALLOCATOR_VARIABLES = (
 )
 
 
+BUSY_SAMPLE_SECONDS = 0.3
+
+
 def provenance(device: str = "cpu") -> dict[str, Any]:
     """What a number depends on: device, threads, versions, revision, allocator, load, timing contract.
 
     Results that are yet to be committed make no tree dirty: no number depends on them.
     """
+    busy = busy_cores()
     revision = _git("rev-parse", "HEAD")
     changed = _git("status", "--porcelain", "--", ":/", ":(top,exclude)bench/results", ":(top,exclude)docs/results*")
     return {
@@ -524,6 +528,7 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "revision": revision,
         "dirty": None if revision is None else bool(changed),
         "load": list(os.getloadavg()),
+        "busy": busy,
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "contract": CONTRACT,
         "contract_version": CONTRACT_VERSION,
@@ -535,11 +540,30 @@ def describe(facts: Mapping[str, Any]) -> str:
     revision = "no git revision" if facts["revision"] is None else facts["revision"][:12]
     state = " DIRTY" if facts["dirty"] else ""
     allocator = " ".join(f"{k}={v}" for k, v in facts["allocator"].items()) or "the system's default"
+    busy = "" if facts["busy"] is None else f", {facts['busy']:.1f} cores busy without this"
     return (
         f"{facts['device']['name']}, {facts['threads']} threads of {facts['cores']} cores, {facts['instructions']}, "
         f"torch {facts['torch']}, revision {revision}{state}, {facts['date']}\n"
-        f"load at start {facts['load'][0]:.2f}; huge pages {facts['huge_pages']}; allocator: {allocator}"
+        f"load at start {facts['load'][0]:.2f}{busy}; huge pages {facts['huge_pages']}; allocator: {allocator}"
     )
+
+
+def busy_cores() -> float | None:
+    """How many of the machine's cores others have while this process waits, what a hypervisor gives to other machines
+    included; None where the system does not say. The load of the last minute also knows of what has ended."""
+    before = _processor_times()
+    time.sleep(BUSY_SAMPLE_SECONDS)
+    after = _processor_times()
+    if before is None or after is None or (whole := sum(after) - sum(before)) <= 0:
+        return None
+    idle = sum(after[3:5]) - sum(before[3:5])  # idle, and waiting for a disk
+    return round((1 - idle / whole) * os.cpu_count(), 2)
+
+
+def _processor_times() -> list[int] | None:
+    # user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
+    line = (_read("/proc/stat") or "").partition("\n")[0].split()
+    return [int(word) for word in line[1:9]] if len(line) > 8 else None
 
 
 def _cores() -> int:

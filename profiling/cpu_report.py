@@ -181,12 +181,12 @@ def counted_lines(counters: Counters, seconds: float, bandwidth: float, floor: i
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 for an id that there is not, 2 for one that does not fit into memory."""
+    """The command; 64 for what does not exist, 2 for what does not fit into memory, 1 for counters that are of no use."""
     parser = argparse.ArgumentParser(prog="python -m profiling.cpu_report", description=__doc__)
     parser.add_argument("id", help="a benchmark, as `python -m bench list` names it")
-    parser.add_argument("--preset", choices=tuple(presets.PRESETS), default="design", help="default: design")
+    parser.add_argument("--preset", default="design", help="default: design")
     parser.add_argument("--shape", help="sizes that differ: B=8,N=4096")
-    parser.add_argument("--dtype", choices=presets.DTYPES)
+    parser.add_argument("--dtype", help="of activations")
     parser.add_argument("--backend", help="of ours (default: cpu where it is native)")
     parser.add_argument("--seconds", type=float, default=2.0, help="of measuring time (default: 2)")
     parser.add_argument("--top", type=int, default=12, help="operators listed (default: 12)")
@@ -206,6 +206,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             peers="eager",
         )
         benchmark = suites.find(options.id, settings)
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 64
+    try:
         if lack := measure.lack(benchmark, settings):
             print(f"{benchmark.id}: {lack}", file=sys.stderr)
             return 2
@@ -217,14 +221,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as problem:
         print(problem, file=sys.stderr)
         return 1
+    facts = timing.provenance()
     call = built.calls["ours"]
     plan = timing.Plan(seconds=options.seconds)
     measured = timing.interleave({"ours": call}, plan)["ours"]
     seconds, (low, high) = measured.median, measured.quartiles
     bandwidth = timing.copy_bandwidth(plan).reused
-    rate = timing.product_rate([measure.SQUARE["cpu"]], plan, settings.torch_dtype)
+    at_shapes = measure.rate_at_shapes(built.cost, settings) if built.cost else None
+    rate = max(measure.square_rate(settings), at_shapes or 0.0)
     stem = options.out / benchmark.id.replace("/", ".")
-    print(timing.describe(timing.provenance()))
+    print(timing.describe(facts))
     print(what)
     print(f"{seconds * 1e3:.3f} ms, quartiles {low * 1e3:.3f} and {high * 1e3:.3f}")
     print(f"limits of this run: copy {bandwidth / 1e9:.2f} GB/s, product {rate / 1e9:.1f} GFLOP/s")
@@ -285,7 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result |= {"cost": asdict(cost) if cost else None}
         result |= {"limit": {"copy_bandwidth": bandwidth, "product_rate": rate}}
         result |= {"counters": asdict(counters) if counters else None, "uncounted": why}
-        result |= {"provenance": timing.provenance()}
+        result |= {"provenance": facts}
         options.json.write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

@@ -157,6 +157,7 @@ def document(rows: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
         "revision": "0" * 40,
         "dirty": False,
         "load": [0.1, 0.1, 0.1],
+        "busy": 0.1,
         "date": "2026-01-01T00:00:00Z",
         "contract_version": 1,
         **facts,

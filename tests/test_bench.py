@@ -13,6 +13,7 @@ import time
 import weakref
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -681,8 +682,10 @@ def test_eager_that_raises_in_sixteen_bits_is_a_word_and_the_row_goes_on(session
 
 def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(session, monkeypatch):
     process = kept.Kept(presets.settings(device="cpu", shape=TINY))
-    process._process.kill()
-    assert process.ask("route/forward") == {"error": "the process that measures it has ended (-9)"} and process.ended()
+    process.wait()
+    process._parents[2].kill()
+    assert process.ask("route/forward")["error"].startswith("a process that measures it has ended (-9)")
+    assert process.ended()
     process.close()
 
     begun = []
@@ -728,6 +731,24 @@ def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_ma
     monkeypatch.setattr(suites, "find", lambda *_: os._exit(7))
     with pytest.raises(RuntimeError, match=r"has ended \(7\)"):
         kept._forked("route/forward", settings, 1, True)
+
+
+def test_each_process_with_kept_memory_has_a_parent_of_its_own_and_the_first_compares_outputs(monkeypatch):
+    asked, samples = [], {"ours": {"samples": [1.0, 1.0], "calls": 1}}
+
+    class Parent:
+        def __init__(self, *_, **__):
+            self.number = len(asked)
+            asked.append([])
+            eager = {"samples": [2.0 + self.number] * 2, "calls": 1}
+            self.stdin = SimpleNamespace(write=asked[self.number].append, flush=lambda: None)
+            answers = iter(["ready\n", json.dumps({**samples, "eager": eager, "threads": 1})])
+            self.stdout = SimpleNamespace(readline=lambda: next(answers))
+
+    monkeypatch.setattr(subprocess, "Popen", Parent)
+    row = kept.Kept(presets.settings(device="cpu")).ask("route/forward")
+    assert [json.loads("".join(lines)) for lines in asked] == [["route/forward", i == 0] for i in range(4)]
+    assert row["processes"] == pytest.approx([2.0, 3.0, 4.0, 5.0]) and row["threads"] == 1
 
 
 def test_what_disagrees_or_says_nothing_with_kept_memory_has_no_ratio_there(monkeypatch):
@@ -864,3 +885,28 @@ def test_a_gate_without_a_baseline_says_so_before_it_measures(tmp_path):
     done = pytest_bench("--gate", "--baselines", tmp_path, "--collect-only")
     assert done.stdout.startswith("gate: will fail, no baseline for "), done.stdout + done.stderr
     assert "gate:" not in pytest_bench("--collect-only").stdout
+
+
+def test_a_processor_is_busy_with_what_others_do(monkeypatch):
+    def others(*times):
+        left = iter([f"cpu  {' '.join(map(str, time))} 0 0\ncpu0 1" for time in times])
+        monkeypatch.setattr(timing, "_read", lambda path: next(left))
+        return timing.busy_cores()
+
+    monkeypatch.setattr(timing, "BUSY_SAMPLE_SECONDS", 0.0)
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    before = (100, 0, 50, 1000, 10, 0, 0, 7)
+    assert others(before, (100, 0, 50, 1050, 20, 0, 0, 7)) == 0.0
+    # Half of the time for a user, a quarter stolen by the hypervisor; the rest idle or waiting for a disk.
+    assert others(before, (150, 0, 50, 1020, 15, 0, 0, 32)) == 1.5
+    monkeypatch.setattr(timing, "_read", lambda path: None)
+    assert timing.busy_cores() is None
+    assert "busy" not in timing.describe(timing.provenance())
+
+
+def test_peak_memory_is_of_results_and_temporaries_and_what_stays():
+    bytes_, stays = 64 * 2**20, []
+    found = measure.peak_memory(lambda: torch.ones(bytes_ // 4) + 1, "cpu")
+    assert found is None or (1.9 * bytes_ < found[0] < 2.5 * bytes_ and found[1] < bytes_ / 4), found
+    found = measure.peak_memory(lambda: stays.append(torch.ones(bytes_ // 4)), "cpu")
+    assert found is None or (found[0] > 0.9 * bytes_ and found[1] > 0.9 * bytes_), found

@@ -8,26 +8,18 @@ import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from profiling import cpu_report, ncu_report, roofline  # noqa: E402
+from commands import RECORDED, run
+
+from profiling import ncu_report, roofline  # noqa: E402
 from tiger_fast.ops import triton  # noqa: E402
 
-ROOT = Path(__file__).resolve().parents[1]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-
-
-def run(*command: object, **env: str) -> subprocess.CompletedProcess:
-    # Nor what tells a pytest inside that it is a worker of this one's, where pytest-benchmark measures nothing.
-    ours = ("TRITON_INTERPRET", "PYTEST_")
-    variables = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    variables |= {"PYTHONPATH": str(ROOT), "PYTHON": sys.executable} | env
-    return subprocess.run([str(c) for c in command], cwd=ROOT, env=variables, capture_output=True, text=True)
 
 
 @no_gpu
@@ -95,7 +87,6 @@ def test_the_check_runs_dry(tmp_path):
 
 # --- nsys.sh and ncu.sh, with stand-ins on PATH --------------------------------------------------------------------------
 
-RECORDED = ROOT / "profiling" / "recorded"
 
 # Both note their arguments, one a line, and the environment that the scripts owe them.
 NCU = """#!/usr/bin/env bash
@@ -373,82 +364,4 @@ def test_names_depend_on_the_sizes_and_an_unknown_id_is_one_line():
     many = run(sys.executable, "-m", "profiling.names", "group_attention/forward/G=32")
     assert "forward_by_elements" in few.stdout and "forward_by_products" in many.stdout
     wrong = run(sys.executable, "-m", "profiling.names", "rout/forward")
-    assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1 and "route" in wrong.stderr
-
-
-# --- the report for a CPU ------------------------------------------------------------------------------------------------
-
-
-def test_counters_that_the_machine_lacks_are_named():
-    found = cpu_report.parse((RECORDED / "route.forward.perf.csv").read_text())
-    assert found.synthetic is None and found.misses() is None
-    assert {"cycles", "instructions", "LLC-load-misses"} <= set(found.lacking) and found.values["page-faults"] > 0
-    text = "\n".join(cpu_report.counted_lines(found, 1e-3, 1e10, None))
-    assert "this machine does not count: cycles" in text and "GB/s" not in text
-
-
-def test_counters_give_bytes_of_a_call_and_say_that_they_are_no_real_run(monkeypatch):
-    monkeypatch.setattr(cpu_report, "line_bytes", lambda: 64)
-    found = cpu_report.parse((RECORDED / "counters.perf.csv").read_text())
-    assert found.calls == 10 and found.misses() == ("LLC-load-misses + LLC-store-misses", 5e6)
-    first, cycles, moved, faults, lacking = cpu_report.counted_lines(found, 0.01, 1e10, 16_000_000)
-    assert first.startswith("THESE COUNTS ARE NOT OF A REAL RUN") and "1.50 for each cycle" in cycles
-    assert moved.startswith("32.00 MB") and moved.endswith("3.20 GB/s, 32% of the copy, 2.00x the floor")
-    assert faults == "25 page faults" and lacking.endswith("cache-misses")
-
-
-def test_what_is_no_output_of_perf_is_refused():
-    with pytest.raises(ValueError, match="perf stat"):
-        cpu_report.parse("cycles: many\n")
-    with pytest.raises(ValueError, match="0 calls"):
-        cpu_report.parse("100,,cycles,1,100.00,,\n# calls: 0\n")
-
-
-def test_without_perf_the_reason_is_given(monkeypatch, tmp_path):
-    monkeypatch.setenv("PATH", str(tmp_path))
-    assert cpu_report.count(lambda: None, 1, tmp_path / "perf.csv", "it") == "perf is not installed"
-
-
-def test_a_perf_that_refuses_is_quoted_and_does_not_hang(monkeypatch, tmp_path):
-    (tmp_path / "perf").write_text("#!/bin/sh\necho 'no access to performance counters' >&2\nexit 1\n")
-    (tmp_path / "perf").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    # What an earlier run counted is not this one's.
-    (tmp_path / "perf.csv").write_text("100,,cycles,1,100.00,,\n")
-    why = cpu_report.count(lambda: None, 1, tmp_path / "perf.csv", "it")
-    assert why == "perf stat counted nothing: no access to performance counters"
-
-
-def test_the_report_for_a_cpu_has_operators_limits_counters_and_a_picture(tmp_path):
-    options = ("--preset", "smoke", "--seconds", "0.05", "--out", tmp_path, "--json", tmp_path / "report.json")
-    done = run(sys.executable, "-m", "profiling.cpu_report", "leave_one_out/forward", *options)
-    assert done.returncode == 0, done.stderr
-    document = json.loads((tmp_path / "report.json").read_text())
-    assert [row["name"] for row in document["ranges"]] == ["tiger_fast.leave_one_out"]
-    assert document["operators"] and document["limit"]["copy_bandwidth"] > 0
-    assert document["counters"] or document["uncounted"]
-    assert (tmp_path / "leave_one_out.forward.cpu.png").read_bytes().startswith(b"\x89PNG")
-
-
-def test_the_report_for_a_cpu_takes_recorded_counters(tmp_path):
-    options = (
-        "--preset",
-        "smoke",
-        "--seconds",
-        "0.05",
-        "--out",
-        tmp_path,
-        "--counters",
-        RECORDED / "counters.perf.csv",
-    )
-    done = run(sys.executable, "-m", "profiling.cpu_report", "leave_one_out/forward", *options)
-    assert done.returncode == 0 and "THESE COUNTS ARE NOT OF A REAL RUN" in done.stdout, done.stderr
-    wrong = run(sys.executable, "-m", "profiling.cpu_report", "leave_on_out/forward", *options)
-    assert wrong.returncode == 1 and len(wrong.stderr.splitlines()) == 1
-
-
-def test_counters_of_another_benchmark_are_refused(tmp_path, capsys):
-    path = tmp_path / "perf.csv"
-    path.write_text("100,,cycles,1,100.00,,\n# calls: 5\n# of: leave_one_out/forward: it\n")
-    assert cpu_report.main(["route/forward", "--preset", "smoke", "--counters", str(path)]) == 1
-    assert capsys.readouterr().err == f"{path} is of leave_one_out/forward: it\n"
+    assert wrong.returncode == 64 and len(wrong.stderr.splitlines()) == 1 and "route" in wrong.stderr
