@@ -179,7 +179,7 @@ def serve(arguments: Sequence[str]) -> None:
     # A pool of threads does not outlive a fork, so none is begun here. What is imported at first use is imported now.
     torch.set_num_threads(1)
     small = presets.settings("smoke", device=settings.device, peers="eager")
-    for name in ("route/forward", "router/forward"):
+    for name in ("route/forward", "step/none"):
         suites.find(name, small).build(small)
     print("ready", flush=True)
     for line in sys.stdin:

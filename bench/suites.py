@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from bench import models, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, TOLERANCES, Case, Cost, Sizes, size
 from bench.peers import compiled, peers, takes_part
-from bench.presets import Settings, parse_shape, peak
+from bench.presets import PEERS, Settings, parse_shape, peak
 from bench.timing import Plan
 from tiger_fast._extras import unknown
 
@@ -145,6 +145,8 @@ class Benchmark:
     def _compiles(self, settings: Settings) -> bool:
         # Compiling takes some ten seconds a row on a CPU.
         chosen = settings.preset.compiled
+        if not any(takes_part(name, settings) for name in PEERS if "compile" in name):
+            return False
         return chosen is None or (self.subject in chosen and not self.variant)
 
     def build(self, settings: Settings) -> Built:
