@@ -84,11 +84,21 @@ def _where(found: Sequence[Results]) -> str:
         revision = (facts.get("revision") or "unknown")[:12] + (" DIRTY" if facts.get("dirty") else "")
         rows = files.measured(results).values()
         runs = max((len(peer["ratio"]) for row in rows for peer in row.get("runs", {}).values()), default=1)
-        words = results.device_class, results.device, *kind, facts.get("threads"), facts.get("torch"), revision
+        words = (
+            results.device_class,
+            results.device,
+            *kind,
+            facts.get("threads"),
+            facts.get("torch"),
+            facts.get("contract_version"),
+            revision,
+        )
         lines.append([*(str(word) for word in words), str(facts.get("date", ""))[:10], str(runs)])
     if not found:
         return "No results are committed."
-    return _table(["class", "device", "preset", "type", "threads", "torch", "revision", "date", "runs"], lines)
+    return _table(
+        ["class", "device", "preset", "type", "threads", "torch", "contract", "revision", "date", "runs"], lines
+    )
 
 
 # -- targets -----------------------------------------------------------------------------------------------------------

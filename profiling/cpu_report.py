@@ -2,7 +2,8 @@
 
 The time of operators is torch.profiler's. Counts of cycles, instructions and cache misses are those of `perf stat`, of the
 calls alone, where the machine and perf have them; what is missing is named. Limits are measured in the same run: torch's copy
-and torch's matrix product. Bytes and operations of an op are the formulas of bench/cases.py.
+and torch's matrix product, of large squares or at the op's own shapes where that goes faster. Bytes and operations of an op
+are the formulas of bench/cases.py. A function of the library is one operator here, however many loops it fuses.
 """
 
 import argparse
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("each operator's own time", spent),
         ("all time within the ranges of docs/profiling.md", ranges),
     ):
-        print(f"\n{heading} (torch.profiler, of a call)")
+        print(f"\n{heading} (torch.profiler, of a call; its own work is in these times)")
         for row in rows:
             print(
                 f"  {row['seconds'] * 1e3:10.3f} ms {row['share']:5.0%} {row['calls']:7.1f} calls  {row['name'][:80]}"

@@ -159,7 +159,7 @@ def document(rows: Iterable[Mapping[str, Any]], **facts: Any) -> dict[str, Any]:
         "load": [0.1, 0.1, 0.1],
         "busy": 0.1,
         "date": "2026-01-01T00:00:00Z",
-        "contract_version": 1,
+        "contract_version": 2,
         **facts,
     }
     benchmarks = [

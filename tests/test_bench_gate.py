@@ -380,13 +380,14 @@ def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
 @pytest.mark.parametrize(
     ("facts", "words", "fails"),
     [
-        ({"contract_version": 0}, "timing contract 0, and this run's is 1", True),
+        ({"contract_version": 0}, "timing contract 0, and this run's is 2", True),
+        ({"contract_version": 1}, "timing contract 1 then and 2 now: ratios mean the same", False),
         ({"device": {"name": "B", "class": "cuda-sm_90"}}, "measured on cuda-sm_90", True),
         ({"device": {"name": "B", "class": CLASS}}, "device differs, B then and A processor now", False),
         ({"dirty": True}, "dirty tree", False),
         *(({fact: "other"}, f"{fact} differs, other then and ", False) for fact in files.DECISIVE),
     ],
-    ids=["contract", "class", "device", "dirty", *files.DECISIVE],
+    ids=["contract", "contract-alike", "class", "device", "dirty", *files.DECISIVE],
 )
 def test_baseline_of_other_circumstances_is_a_line(tmp_path, then, facts, words, fails):
     path = tmp_path / CLASS / "smoke-float32.json"
@@ -873,7 +874,7 @@ def test_compare_reads_pytest_benchmarks_own_files(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("then", "now", "words"),
     [
-        (document([], contract_version=1), document([], contract_version=2), "timing contract 1"),
+        (document([], contract_version=0), document([], contract_version=2), "timing contract 0"),
         (document([row(IDS[0], timings(1.0))]), document([row(IDS[1], timings(1.0))]), "nothing in common"),
     ],
     ids=["contract", "nothing"],
