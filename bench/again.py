@@ -47,8 +47,10 @@ def _kept(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Row]:
     if not names:
         return {}
     process = Kept(presets.settings(**options))
-    found = {name: process.ask(name) for name in names if not process.ended()}
-    process.close()
+    try:
+        found = {name: process.ask(name) for name in names if not process.ended()}
+    finally:
+        process.close()
     for name, row in found.items():
         if "error" in row:
             print(f"{name}, kept memory: {row['error']}", file=sys.stderr)

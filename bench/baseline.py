@@ -241,6 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line)
     for path in written:
         head, lines = gate.noticed(files.load(path))
+        if blind := [line[0] for line in lines if float(line[2]) > math.exp(gate.BLIND)]:
+            print(f"too noisy to notice ours at half its speed, make it again on an idle machine: {', '.join(blind)}")
         print("\n".join([f"wrote {path}; with it the gate notices ours slower by", *files.table([head, *lines])]))
     return 0 if written else 1
 

@@ -2,9 +2,10 @@
 
 Rows are compared by their ratio to eager with kept memory where both files have it, else to the peer whose intervals are the
 narrowest, and so across machines too, with a warning. A baseline's interval is from the lowest to the highest of its runs; that
-of a single run knows nothing of other runs, so for the verdict intervals are widened by how much more all rows differ than
-theirs say. Times have no verdict, and stand beside each other only where both files name the same device; files of
-pytest-benchmark without rows of bench have them alone. Exit code 0: compared, whatever moved; 1: nothing could be.
+of a single run knows nothing of other runs, so for the verdict it is widened by how much more all rows differ than the
+intervals say: for noise, or because many rows moved, each by another factor. What is apart only as it stands has a "?". Times
+have no verdict, and stand beside each other only where both files name the same device; files of pytest-benchmark without
+rows of bench have them alone. Exit code 0: compared, whatever moved; 1: nothing could be.
 """
 
 import argparse
@@ -28,12 +29,14 @@ LEAST_WIDTH = 1e-3
 
 @dataclass(frozen=True)
 class Change:
-    """A row's figure in two files, with 95 % intervals: (value, low, high); `peer` None: a time in seconds."""
+    """A row's figure in two files, with 95 % intervals: (value, low, high); `peer` None: a time in seconds. `single`: whether
+    each is of one run, and its interval of that run's rounds alone."""
 
     name: str
     peer: str | None
     then: tuple[float, float, float]
     now: tuple[float, float, float]
+    single: tuple[bool, bool] = (True, True)
 
     @property
     def factor(self) -> float:
@@ -41,17 +44,29 @@ class Change:
         return self.now[0] / self.then[0] if self.peer else self.then[0] / self.now[0]
 
     def moved(self, excess: float = 1.0) -> bool:
-        """Whether the intervals, so many times as wide, are apart."""
-        (_, low, high), (_, least, most) = (
-            (value, value * (low / value) ** excess, value * (high / value) ** excess)
-            for value, low, high in (self.then, self.now)
-        )
+        """Whether the intervals, those of single runs so many times as wide, are apart."""
+        low, high = self._bounds(0, excess)
+        least, most = self._bounds(1, excess)
         return least > high or most < low
+
+    def _bounds(self, side: int, excess: float) -> tuple[float, float]:
+        value, low, high = figure = (self.then, self.now)[side]
+        if not self.single[side]:
+            return low, high
+        wide = math.exp(_half(figure) * excess)
+        return min(low, value / wide), max(high, value * wide)
+
+    def verdict(self, excess: float) -> str:
+        """In a word; with a question mark where it is by the intervals as they stand alone."""
+        if not self.moved():
+            return "within noise"
+        return ("slower" if self.factor < 1 else "faster") + ("" if self.moved(excess) else "?")
 
 
 def excess(changes: Sequence[Change]) -> float:
-    """How many times as much as their intervals say two files differ without a cause: the spread of all rows' changes about
-    their median, by the median deviation, of which a few rows that did move are no part; 1 for fewer than `LEAST_ROWS`."""
+    """How many times as much as their intervals say two files differ: the spread of all rows' changes about their median, by
+    the median deviation, of which a few rows that did move are no part; 1 for fewer than `LEAST_ROWS`, and for baselines."""
+    changes = [change for change in changes if any(change.single)]
     if len(changes) < LEAST_ROWS:
         return 1.0
     # In standard deviations, of which 1.96 are a 95 % interval's half, and 0.6745 a median deviation.
@@ -76,7 +91,8 @@ def ratios(then: Results, now: Results) -> tuple[list[Change], list[str]]:
         for peer in (*old[name]["peers"], files.KEPT):
             one, other = files.ratio(old[name], peer), files.ratio(new[name], peer)
             if one and other:
-                found[peer] = Change(name, peer, _interval(one), _interval(other))
+                single = tuple(peer not in row.get("runs", {}) for row in (old[name], new[name]))
+                found[peer] = Change(name, peer, _interval(one), _interval(other), single)
         if found:
             changes.append(found.get(files.KEPT) or min(found.values(), key=_width))
         else:
@@ -138,12 +154,12 @@ def report(then: Results, now: Results) -> str:
     if changes:
         wide = excess(changes)
         lines += ["", f"ratios: the peer's time over ours, {INTERVAL}; lowest change first"]
-        if wide > 1:
+        if wide >= 1.05:
             lines.append(
-                f"the files differ {wide:.1f} times as much as these say: so much wider they are for the verdict"
+                f"rows differ {wide:.1f} times as much as these say, for noise or because many moved: single runs'"
             )
-        verdicts = [("slower" if c.factor < 1 else "faster") if c.moved(wide) else "within noise" for c in changes]
-        lines.append(_table(changes, _ratio, verdicts))
+            lines[-1] += " are taken so much wider, and what is apart only as it stands has a ?"
+        lines.append(_table(changes, _ratio, [change.verdict(wide) for change in changes]))
     if then.device == now.device:
         if found := times(then, now):
             lines += ["", f"ABSOLUTE times on {now.device}: median, quartiles; they move with the machine's load too"]

@@ -52,6 +52,7 @@ def pytest_configure(config: pytest.Config) -> None:
     try:
         options = {name: config.getoption(f"bench_{name}") for name in names}
         settings = presets.settings(**options)
+        slowed.factor("")  # refuses what the variable may not hold
     except ValueError as problem:
         raise pytest.UsageError(str(problem)) from None
     config.stash[SESSION], config.stash[ROWS], config.stash[OPTIONS] = Session(settings), [], options

@@ -12,6 +12,7 @@ import json
 import math
 import multiprocessing
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,8 @@ Row = dict[str, Any]
 # Processes for each row; its seconds and its rounds are divided among them.
 PROCESSES = 4
 SIDES = ("ours", "eager")
+# What all parents take that have imported everything, beyond the pages that they share.
+PARENTS_BYTES = PROCESSES * 256 * 2**20
 # One that says nothing for so long, and 20 times the seconds of a measurement, is ended.
 STUCK_SECONDS = 600.0
 # An environment in which glibc serves every block from one heap that it grows 256 MB at a time, never returns, and puts
@@ -56,39 +59,45 @@ class Kept:
     def __init__(self, settings: Settings) -> None:
         command = [sys.executable, "-m", "bench.kept", json.dumps(settings.options() | {"peers": "eager"})]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
-        self._said = tempfile.TemporaryFile("w+")  # what they write to stderr
+        self._said = [tempfile.TemporaryFile("w+") for _ in range(PROCESSES)]  # what each writes to stderr
         self._parents = [
             subprocess.Popen(
                 command,
                 env=environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._said,
+                stderr=said,
                 text=True,
             )
-            for _ in range(PROCESSES)
+            for said in self._said
         ]
-        self._ready = False
+        self._importing = list(self._parents)
 
     def wait(self) -> None:
         """Until they have imported everything: nothing is to be timed beside that."""
-        if not self._ready:
-            for parent in self._parents:
+        while self._importing:
+            parent = self._importing.pop()
+            if select.select([parent.stdout], [], [], STUCK_SECONDS)[0]:
                 parent.stdout.readline()
-            self._ready = True
+            else:
+                parent.kill()
 
     def ask(self, name: str) -> Row:
         """What `answer` says of a benchmark; {"error": why} where it says nothing."""
         self.wait()
         found = []
         # Outputs are compared in the first alone: all run the same code.
-        for checks, parent in zip((True, *(PROCESSES - 1) * (False,)), self._parents, strict=True):
+        for i, parent in enumerate(self._parents):
             try:
-                print(json.dumps([name, checks]), file=parent.stdin, flush=True)
+                print(json.dumps([name, i == 0]), file=parent.stdin, flush=True)
                 said = json.loads(parent.stdout.readline())
             except (OSError, ValueError):
+                self._end()
+                why = f"a process that measures it has ended ({parent.returncode})"
+                # One that was killed had nothing to say of it.
+                why += self._last_words(i) if parent.returncode > 0 else ""
                 self.close()
-                return {"error": f"a process that measures it has ended ({parent.returncode}){self._last_words()}"}
+                return {"error": why}
             if "error" in said:
                 return said
             found.append({side: Timing(tuple(said[side]["samples"]), said[side]["calls"]) for side in SIDES})
@@ -100,6 +109,11 @@ class Kept:
 
     def close(self) -> None:
         """Ends them, if they have not ended."""
+        self._end()
+        for said in self._said:
+            said.close()
+
+    def _end(self) -> None:
         for parent in self._parents:
             with contextlib.suppress(BrokenPipeError):
                 parent.stdin.close()
@@ -107,9 +121,9 @@ class Kept:
             parent.wait()
             parent.stdout.close()
 
-    def _last_words(self) -> str:
-        self._said.seek(0)
-        lines = self._said.read().split("\n")
+    def _last_words(self, i: int) -> str:
+        self._said[i].seek(0)
+        lines = self._said[i].read().split("\n")
         return next((f": {line.strip()}" for line in reversed(lines) if line.strip()), "")
 
 

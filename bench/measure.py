@@ -12,7 +12,7 @@ import torch
 
 from bench import presets, slowed, timing
 from bench.cases import Cost
-from bench.kept import Kept
+from bench.kept import PARENTS_BYTES, Kept
 from bench.presets import Settings
 from bench.suites import Benchmark, Built
 from bench.timing import Plan, Timing
@@ -28,7 +28,7 @@ LIMITS_SECONDS = 60.0
 
 
 class Session:
-    """What the rows of a run share: its settings, limits as last measured, and a process with kept memory.
+    """What the rows of a run share: its settings, limits as last measured, and processes with kept memory.
 
     Args:
         settings: of the run.
@@ -41,7 +41,7 @@ class Session:
         self._kept: Kept | None = None
 
     def close(self) -> None:
-        """Ends the process with kept memory, if there is one."""
+        """Ends the processes with kept memory, if there are any."""
         if self._kept is not None:
             self._kept.close()
             self._kept = None
@@ -59,7 +59,7 @@ class Session:
         row, settings, built = _header(benchmark, self.settings), self.settings, None
         keeps = settings.device == "cpu" and not self.alone and timed and row["backend"] != "reference"
         try:
-            if short := lack(benchmark, settings):
+            if short := lack(benchmark, settings, PARENTS_BYTES if keeps and self._kept is None else 0):
                 return row | {"error": short}, None
             if keeps and self._kept is None:
                 self._kept = Kept(settings)  # which imports while this process builds and compiles
@@ -238,9 +238,10 @@ def _header(benchmark: Benchmark, settings: Settings) -> Row:
     }
 
 
-def lack(benchmark: Benchmark, settings: Settings) -> str | None:
-    """Why a benchmark does not fit into memory, in a line, or None; allocates nothing to find out."""
-    needed, there = benchmark.needs(settings), presets.available(settings.device)
+def lack(benchmark: Benchmark, settings: Settings, beside: int = 0) -> str | None:
+    """Why a benchmark does not fit into memory, in a line, or None, where `beside` bytes are still to be taken by others;
+    allocates nothing to find out."""
+    needed, there = benchmark.needs(settings) + beside, presets.available(settings.device)
     if there is None or needed <= there:
         return None
     return (

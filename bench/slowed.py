@@ -6,6 +6,9 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bench.cases import OPS
+from bench.models import SUBJECTS
+
 VARIABLE = "TIGER_FAST_BENCH_SLOW"
 
 
@@ -13,7 +16,7 @@ def factor(subject: str) -> float:
     """By how much a subject is slowed in this process.
 
     Raises:
-        ValueError: the variable does not hold SUBJECT=FACTOR.
+        ValueError: the variable does not hold SUBJECT=FACTOR, or there is no such subject.
     """
     text = os.environ.get(VARIABLE, "")
     if not text:
@@ -25,6 +28,8 @@ def factor(subject: str) -> float:
         found = 0.0
     if not found >= 1:
         raise ValueError(f"{VARIABLE}={text}: wanted SUBJECT=FACTOR with a factor of at least 1, such as route=1.10")
+    if name not in (known := [*OPS, *SUBJECTS]):
+        raise ValueError(f"{VARIABLE}={text}: {name!r} is none of {', '.join(known)}")
     return found if name == subject else 1.0
 
 

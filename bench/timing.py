@@ -549,21 +549,25 @@ def describe(facts: Mapping[str, Any]) -> str:
 
 
 def busy_cores() -> float | None:
-    """How many of the machine's cores others have while this process waits, what a hypervisor gives to other machines
+    """How many of the cores that this process may use others have while it waits, what a hypervisor gives to other machines
     included; None where the system does not say. The load of the last minute also knows of what has ended."""
     before = _processor_times()
     time.sleep(BUSY_SAMPLE_SECONDS)
     after = _processor_times()
-    if before is None or after is None or (whole := sum(after) - sum(before)) <= 0:
+    if not before or before.keys() != after.keys():
         return None
-    idle = sum(after[3:5]) - sum(before[3:5])  # idle, and waiting for a disk
-    return round((1 - idle / whole) * os.cpu_count(), 2)
+    spent = [[end - begin for begin, end in zip(before[core], after[core])] for core in before]
+    # Idle, and waiting for a disk, are neither's.
+    return round(sum(1 - sum(times[3:5]) / sum(times) for times in spent if sum(times) > 0), 2)
 
 
-def _processor_times() -> list[int] | None:
-    # user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
-    line = (_read("/proc/stat") or "").partition("\n")[0].split()
-    return [int(word) for word in line[1:9]] if len(line) > 8 else None
+def _processor_times() -> dict[str, list[int]]:
+    # Of each core: user, nice, system, idle, iowait, irq, softirq, steal; a guest's time is in user already.
+    if not hasattr(os, "sched_getaffinity"):
+        return {}
+    cores = {f"cpu{i}" for i in os.sched_getaffinity(0)}
+    lines = [line.split() for line in (_read("/proc/stat") or "").splitlines()]
+    return {words[0]: [int(word) for word in words[1:9]] for words in lines if words and words[0] in cores}
 
 
 def _cores() -> int:

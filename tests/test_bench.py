@@ -684,8 +684,8 @@ def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(ses
     process = kept.Kept(presets.settings(device="cpu", shape=TINY))
     process.wait()
     process._parents[2].kill()
-    assert process.ask("route/forward")["error"].startswith("a process that measures it has ended (-9)")
-    assert process.ended()
+    process._said[2].write("a warning\n")
+    assert process.ask("route/forward") == {"error": "a process that measures it has ended (-9)"} and process.ended()
     process.close()
 
     begun = []
@@ -733,6 +733,23 @@ def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_ma
         kept._forked("route/forward", settings, 1, True)
 
 
+def test_last_words_of_a_parent_that_ends_by_itself_are_quoted(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    process = kept.Kept(presets.settings(device="cpu"))
+    process.wait()
+    process._said[0].write("Traceback\nImportError: no torch\n\n")
+    assert process.ask("route/forward") == {"error": "a process that measures it has ended (1): ImportError: no torch"}
+
+
+def test_parent_that_hangs_at_its_imports_is_ended(monkeypatch, tmp_path):
+    (tmp_path / "hangs").write_text("#!/bin/sh\nexec sleep 60\n")
+    (tmp_path / "hangs").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "hangs"))
+    monkeypatch.setattr(kept, "STUCK_SECONDS", 0.1)
+    process = kept.Kept(presets.settings(device="cpu"))
+    assert process.ask("route/forward") == {"error": "a process that measures it has ended (-9)"}
+
+
 def test_each_process_with_kept_memory_has_a_parent_of_its_own_and_the_first_compares_outputs(monkeypatch):
     asked, samples = [], {"ours": {"samples": [1.0, 1.0], "calls": 1}}
 
@@ -745,6 +762,7 @@ def test_each_process_with_kept_memory_has_a_parent_of_its_own_and_the_first_com
             answers = iter(["ready\n", json.dumps({**samples, "eager": eager, "threads": 1})])
             self.stdout = SimpleNamespace(readline=lambda: next(answers))
 
+    monkeypatch.setattr(kept.select, "select", lambda some, *_: (some, [], []))
     monkeypatch.setattr(subprocess, "Popen", Parent)
     row = kept.Kept(presets.settings(device="cpu")).ask("route/forward")
     assert [json.loads("".join(lines)) for lines in asked] == [["route/forward", i == 0] for i in range(4)]
@@ -772,6 +790,7 @@ def test_what_disagrees_or_says_nothing_with_kept_memory_has_no_ratio_there(monk
 def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(session, monkeypatch):
     monkeypatch.setattr(presets, "available", lambda device: 10**6)
     monkeypatch.setattr(suites.Benchmark, "build", lambda *_: pytest.fail("allocated"))
+    assert measure.lack(suites.Benchmark("route", FORWARD), presets.settings(device="cpu", shape=TINY), 10**6)
     row = row_of(session(shape="N=65536"), "route/forward")
     assert row["error"].startswith("does not fit: ") and row["error"].endswith("of cpu memory are free")
 
@@ -887,18 +906,21 @@ def test_a_gate_without_a_baseline_says_so_before_it_measures(tmp_path):
     assert "gate:" not in pytest_bench("--collect-only").stdout
 
 
-def test_a_processor_is_busy_with_what_others_do(monkeypatch):
-    def others(*times):
-        left = iter([f"cpu  {' '.join(map(str, time))} 0 0\ncpu0 1" for time in times])
+def test_cores_are_busy_with_what_others_do(monkeypatch):
+    idle, used = (100, 0, 50, 1000, 10, 0, 0, 7), (150, 0, 50, 1020, 15, 0, 0, 32)
+
+    def others(*after):
+        texts = ["\n".join(f"cpu{i} {' '.join(map(str, t))} 0 0" for i, t in enumerate(s)) for s in ([idle] * 3, after)]
+        left = iter(texts)
         monkeypatch.setattr(timing, "_read", lambda path: next(left))
         return timing.busy_cores()
 
     monkeypatch.setattr(timing, "BUSY_SAMPLE_SECONDS", 0.0)
-    monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    before = (100, 0, 50, 1000, 10, 0, 0, 7)
-    assert others(before, (100, 0, 50, 1050, 20, 0, 0, 7)) == 0.0
-    # Half of the time for a user, a quarter stolen by the hypervisor; the rest idle or waiting for a disk.
-    assert others(before, (150, 0, 50, 1020, 15, 0, 0, 32)) == 1.5
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    # Of a hundred ticks: half a user's, a quarter stolen by the hypervisor, the rest idle or waiting for a disk. The third
+    # core is not this process's.
+    assert others((100, 0, 50, 1050, 20, 0, 0, 7), idle, used) == 0.0
+    assert others(used, idle, used) == 0.75 and others(used, used, idle) == 1.5
     monkeypatch.setattr(timing, "_read", lambda path: None)
     assert timing.busy_cores() is None
     assert "busy" not in timing.describe(timing.provenance())

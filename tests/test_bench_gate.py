@@ -660,6 +660,19 @@ def test_subject_to_slow_is_read_from_the_environment(monkeypatch):
         monkeypatch.setenv(slowed.VARIABLE, bad)
         with pytest.raises(ValueError, match="wanted SUBJECT=FACTOR"):
             slowed.factor("route")
+    monkeypatch.setenv(slowed.VARIABLE, "rout=1.10")
+    with pytest.raises(ValueError, match="'rout' is none of route, "):
+        slowed.factor("route")
+
+
+def test_baseline_too_noisy_to_guard_anything_says_so(tmp_path, capsys):
+    for noise, words in ((0.02, False), (1.0, True)):
+        machine, paths = Machine(0, noise=noise), []
+        for i in range(3):
+            paths.append(tmp_path / f"{i}.json")
+            paths[-1].write_text(json.dumps(changed(machine.document(IDS[:4]), date=str(i))))
+        assert baseline.main(["--merge", *map(str, paths), "--out", str(tmp_path / "out")]) == 0
+        assert ("too noisy to notice ours at half its speed" in capsys.readouterr().out) == words
 
 
 def test_calibration_counts_alarms_of_the_subject_that_was_slowed():
@@ -821,6 +834,30 @@ def test_compare_of_unchanged_code_seldom_says_that_a_row_moved(drift):
     # What moves all rows alike, half of the drift, is not taken for noise: it might be the compiler's options.
     assert statistics.mean(moved) <= (0.1 if drift else 0.01) and statistics.mean(caught) > 0.9
     assert not drift or statistics.mean(narrow) > 1.5 * statistics.mean(moved)
+
+
+def test_compare_doubts_what_single_runs_alone_tell_apart_and_not_a_baselines_range():
+    def change(factor, *single):
+        return compare.Change(
+            "a", "eager", (1.0, 0.99, 1.01), (factor, factor * 0.99, factor * 1.01), single or (True, True)
+        )
+
+    drift = [1.1, 0.9, 1.12, 0.88, 1.0, 1.05, 0.95, 1.0]
+    wide = compare.excess([change(factor) for factor in drift])
+    assert 10 < wide < 20 and compare.excess([change(factor) for factor in drift[1:]]) == 1
+    assert compare.excess([change(factor, False, False) for factor in drift]) == 1
+    # All of them by as much is no noise.
+    assert compare.excess([change(0.9 * factor) for factor in drift]) == pytest.approx(wide)
+    assert [change(factor).verdict(wide) for factor in (1.0, 1.05, 0.95, 2.0, 0.5)] == [
+        "within noise", "faster?", "slower?", "faster", "slower"
+    ]  # fmt: skip
+    assert change(0.95, False, False).verdict(wide) == "slower"
+    documents = [
+        results(document([row(name, timings(t, eager=6.0)) for name, t in zip(IDS, times)]))
+        for times in ([1.0] * 8, drift)
+    ]
+    text = compare.report(*documents)
+    assert "times as much as these say" in text and "slower?" in text
 
 
 def test_compare_finds_the_row_with_the_narrowest_interval(tmp_path, capsys):
