@@ -161,8 +161,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = run(pytest, subject, options.slow)
                 if code() != made_with["code"]:
                     raise files.Unusable("bench/ or tiger_fast/ has changed since the first run: start again")
-                facts = {name: timing.provenance()[name] for name in ("revision", "dirty", "load", "date")}
-                done[path] = {**found, "made_with": made_with, **facts}
+                facts = timing.provenance()
+                noted = {name: facts[name] for name in ("revision", "dirty", "load", "date")}
+                done[path] = {**found, "made_with": made_with, **noted}
                 # In one step: what is there is whole.
                 path.with_suffix(".part").write_text(json.dumps(done[path], indent=1) + "\n")
                 path.with_suffix(".part").replace(path)

@@ -155,10 +155,8 @@ def report(then: Results, now: Results) -> str:
         wide = excess(changes)
         lines += ["", f"ratios: the peer's time over ours, {INTERVAL}; lowest change first"]
         if wide >= 1.05:
-            lines.append(
-                f"rows differ {wide:.1f} times as much as these say, for noise or because many moved: single runs'"
-            )
-            lines[-1] += " are taken so much wider, and what is apart only as it stands has a ?"
+            words = "for noise or because many moved: single runs' are taken so much wider"
+            lines.append(f"rows differ {wide:.1f} times as much as these say, {words}; ? is what is apart as it stands")
         lines.append(_table(changes, _ratio, [change.verdict(wide) for change in changes]))
     if then.device == now.device:
         if found := times(then, now):

@@ -66,9 +66,9 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_sessionstart(session: pytest.Session) -> None:
     # Said before anything is measured, with -q too: the run ends with it, after its table.
     config = session.config
-    settings, folder = config.stash[SESSION].settings, config.getoption("bench_baselines")
     if not config.getoption("bench_gate"):
         return
+    settings, folder = config.stash[SESSION].settings, config.getoption("bench_baselines")
     path = files.baseline_path(config.stash[FACTS], settings.name, settings.dtype, folder)
     try:
         gate.baseline(path, files.Results(Path("this run"), config.stash[FACTS], {}, {}))

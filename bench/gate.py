@@ -377,10 +377,8 @@ def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
     return Report("\n".join(f"gate: {line}" if "\n" not in line else line for line in lines if line), failed)
 
 
-def missing(path: Path) -> str | None:
-    """Where there is no baseline, a line that says so and how to make one."""
-    if path.exists():
-        return None
+def _missing(path: Path) -> str:
+    # That there is no baseline, and how to make one.
     preset, _, dtype = path.stem.rpartition("-")
     make = f"python -m bench baseline --preset {preset} --dtype {dtype}"
     if path.parents[1] != files.RESULTS:
@@ -394,8 +392,8 @@ def baseline(path: Path, now: Results) -> Results:
     Raises:
         Unusable: there is none, it is not the result of `python -m bench baseline`, or it is of another contract or class.
     """
-    if lack := missing(path):
-        raise files.Unusable(lack)
+    if not path.exists():
+        raise files.Unusable(_missing(path))
     then = files.load(path)
     if any("runs" not in row for row in files.measured(then).values()) or not then.rows:
         raise files.Unusable(f"{path}: not made by `python -m bench baseline`, so nothing is known of its noise")
@@ -420,9 +418,8 @@ def _comparable(then: Results, rows: Mapping[str, Row]) -> tuple[dict[str, Row],
     other = [
         name for name in gated(then) if "ours" in rows.get(name, {}) and rows[name]["sizes"] != then.rows[name]["sizes"]
     ]
-    absent = "in the baseline and not in this run, nor any subject of theirs as a whole"
     for names, words in (
-        (missing, absent),
+        (missing, "in the baseline and not in this run, nor any subject of theirs as a whole"),
         (new, "new: not in the baseline"),
         (other, "of other sizes than the baseline's, not compared"),
     ):

@@ -84,15 +84,8 @@ def _where(found: Sequence[Results]) -> str:
         revision = (facts.get("revision") or "unknown")[:12] + (" DIRTY" if facts.get("dirty") else "")
         rows = files.measured(results).values()
         runs = max((len(peer["ratio"]) for row in rows for peer in row.get("runs", {}).values()), default=1)
-        words = (
-            results.device_class,
-            results.device,
-            *kind,
-            facts.get("threads"),
-            facts.get("torch"),
-            facts.get("contract_version"),
-            revision,
-        )
+        told = (facts.get(name) for name in ("threads", "torch", "contract_version"))
+        words = results.device_class, results.device, *kind, *told, revision
         lines.append([*(str(word) for word in words), str(facts.get("date", ""))[:10], str(runs)])
     if not found:
         return "No results are committed."

@@ -143,10 +143,10 @@ class Benchmark:
         return [models.Model(self.subject, direction, self.sizes(settings), settings) for direction in directions]
 
     def _compiles(self, settings: Settings) -> bool:
-        # Compiling takes some ten seconds a row on a CPU.
-        chosen = settings.preset.compiled
         if not any(takes_part(name, settings) for name in PEERS if "compile" in name):
             return False
+        # Compiling takes some ten seconds a row on a CPU.
+        chosen = settings.preset.compiled
         return chosen is None or (self.subject in chosen and not self.variant)
 
     def build(self, settings: Settings) -> Built:

@@ -498,8 +498,7 @@ ALLOCATOR_VARIABLES = (
     "MALLOC_TRIM_THRESHOLD_",
     "THP_MEM_ALLOC_ENABLE",
 )
-
-
+# How long others are watched before a run.
 BUSY_SAMPLE_SECONDS = 0.3
 
 

@@ -929,6 +929,8 @@ def test_cores_are_busy_with_what_others_do(monkeypatch):
 def test_peak_memory_is_of_results_and_temporaries_and_what_stays():
     bytes_, stays = 64 * 2**20, []
     found = measure.peak_memory(lambda: torch.ones(bytes_ // 4) + 1, "cpu")
-    assert found is None or (1.9 * bytes_ < found[0] < 2.5 * bytes_ and found[1] < bytes_ / 4), found
+    if found is None:
+        pytest.skip("this system does not say")
+    assert 1.9 * bytes_ < found[0] < 2.5 * bytes_ and found[1] < bytes_ / 4, found
     found = measure.peak_memory(lambda: stays.append(torch.ones(bytes_ // 4)), "cpu")
-    assert found is None or (found[0] > 0.9 * bytes_ and found[1] > 0.9 * bytes_), found
+    assert found[0] > 0.9 * bytes_ and found[1] > 0.9 * bytes_, found
