@@ -1,5 +1,6 @@
 """`python -m bench COMMAND`: list, once and the others in COMMANDS; `pytest bench/` is what measures."""
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -25,4 +26,10 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # what reads has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 141  # as a shell says of what SIGPIPE ended
+    sys.exit(code)

@@ -46,6 +46,8 @@ def _blind(config: pytest.Config) -> str | None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if not config.pluginmanager.hasplugin("benchmark"):
+        raise pytest.UsageError("bench/ needs pytest-benchmark: pip install pytest-benchmark pytest-timeout")
     if config.getoption("bench_gate") and (why := _blind(config)):
         raise pytest.UsageError(f"--gate does not go with {why}")
     names = ("preset", "shape", "dtype", "device", "backend", "seconds", "peers", "max_autotune")
@@ -132,10 +134,12 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[suites.
     return run
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.update(config.stash[FACTS])
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     # A benchmark without statistics would break pytest-benchmark's own comparison.
     output_json["not_measured"] = [row for row in config.stash[ROWS] if "error" in row]

@@ -19,8 +19,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from multiprocessing.connection import Connection
-from typing import Any
+from multiprocessing.connection import Connection, wait
+from typing import Any, TextIO
 
 import torch
 
@@ -72,18 +72,22 @@ class Kept:
             for said in self._said
         ]
         self._importing = list(self._parents)
+        self._ready = 0  # how many have imported everything
+        self._why: str | None = None  # they have ended
 
     def wait(self) -> None:
         """Until they have imported everything: nothing is to be timed beside that."""
         while self._importing:
             parent = self._importing.pop()
             if select.select([parent.stdout], [], [], STUCK_SECONDS)[0]:
-                parent.stdout.readline()
+                self._ready += bool(parent.stdout.readline())
             else:
                 parent.kill()
 
     def ask(self, name: str) -> Row:
         """What `answer` says of a benchmark; {"error": why} where it says nothing."""
+        if self._why is not None:
+            return {"error": self._why}
         self.wait()
         found = []
         # Outputs are compared in the first alone: all run the same code.
@@ -97,6 +101,7 @@ class Kept:
                 # One that was killed had nothing to say of it.
                 why += self._last_words(i) if parent.returncode > 0 else ""
                 self.close()
+                self._why = why
                 return {"error": why}
             if "error" in said:
                 return said
@@ -104,8 +109,8 @@ class Kept:
         return answer(found) | {"threads": said["threads"]}
 
     def ended(self) -> bool:
-        """Whether there is nothing left to ask."""
-        return any(parent.poll() is not None for parent in self._parents)
+        """Whether there is nothing left to ask, and others may say more: not where one ended before it was ready."""
+        return self._ready == PROCESSES and any(parent.poll() is not None for parent in self._parents)
 
     def close(self) -> None:
         """Ends them, if they have not ended."""
@@ -145,15 +150,18 @@ def answer(found: Sequence[dict[str, Timing]]) -> Row:
     }
 
 
-def _forked(name: str, settings: Settings, threads: int, checks: bool) -> dict[str, Timing]:
-    # In a process of its own; what is raised there is raised here.
+def _forked(
+    name: str, settings: Settings, threads: int, checks: bool, asker: TextIO | None = None
+) -> dict[str, Timing]:
+    # In a process of its own; what is raised there is raised here. Nobody asks again before there is an answer, so what
+    # can be read of the asker is its end.
     context = multiprocessing.get_context("fork")
     receive, send = context.Pipe(duplex=False)
     process = context.Process(target=_child, args=(send, name, settings, threads, checks))
     process.start()
     send.close()
     try:
-        if not receive.poll(STUCK_SECONDS + 20 * settings.seconds):
+        if receive not in wait([receive, *filter(None, [asker])], STUCK_SECONDS + 20 * settings.seconds):
             process.kill()
         found = receive.recv()
     except EOFError:
@@ -199,7 +207,9 @@ def serve(arguments: Sequence[str]) -> None:
     for line in sys.stdin:
         name, checks = json.loads(line)
         try:
-            found: Row = {side: asdict(one) for side, one in _forked(name, settings, threads, checks).items()}
+            found: Row = {
+                side: asdict(one) for side, one in _forked(name, settings, threads, checks, sys.stdin).items()
+            }
             found["threads"] = threads
         except RuntimeError as problem:
             found = {"error": str(problem)}

@@ -236,6 +236,8 @@ def find(text: str, settings: Settings) -> Benchmark:
     known = dict.fromkeys(OPS, DIRECTIONS) | models.SUBJECTS
     if subject not in known:
         raise unknown("benchmark", subject, known)
+    if not direction:
+        raise ValueError(f"{text!r} names no direction: {' or '.join(f'{subject}/{each}' for each in known[subject])}")
     if direction not in known[subject]:
         raise unknown(f"direction of {subject}", direction, known[subject])
     found = Benchmark(subject, direction, {k: v for word in variant for k, v in parse_shape(word).items()})

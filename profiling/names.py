@@ -20,11 +20,18 @@ from torch.utils._pytree import tree_map_only
 from bench import cases, models, presets, suites
 from tiger_fast import available_backends
 from tiger_fast._examples import Call, Recorder, calls
-from tiger_fast.kernels import aot, config
-from tiger_fast.kernels.launch import recording
 from tiger_fast.ops.triton import NATIVE, launcher
 
+try:
+    from tiger_fast.kernels import aot, config
+    from tiger_fast.kernels.launch import recording
+except ModuleNotFoundError as problem:
+    if problem.name != "triton":
+        raise
+    aot = None  # what ncu wrote can be read without it
+
 RANGE = "tiger_fast.kernels."
+NO_TRITON = "Triton is not installed: it is what records a benchmark's kernels"
 
 
 @dataclass(frozen=True)
@@ -57,8 +64,10 @@ def uses_of(benchmark: suites.Benchmark, settings: presets.Settings, architectur
         architecture: that kernels are chosen for; None: the GPU's, or sm_90.
 
     Raises:
-        ValueError: where a model's calls cannot be recorded, for no backend that fuses them is here.
+        ValueError: without Triton; where a model's calls cannot be recorded, for no backend that fuses them is here.
     """
+    if aot is None:
+        raise ValueError(NO_TRITON)
     made: dict[str, list] = {}
     config.assume(architecture or _architecture())
     try:
@@ -133,7 +142,10 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[suites.Benchmark, pres
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 64 for a preset, a shape or an id that there is not."""
+    """The command; 2 without Triton, 64 for a preset, a shape or an id that there is not."""
+    if aot is None:
+        print(NO_TRITON, file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(prog="python -m profiling.names", description=__doc__)
     add_arguments(parser)
     parser.add_argument("--arch", choices=tuple(config.ARCHITECTURES), help="default: the GPU's, or sm_90")

@@ -298,7 +298,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 for a file that cannot be read."""
+    """The command; 1 for a file that cannot be read, 64 for an id, a preset, a shape or a type that there is not."""
     parser = argparse.ArgumentParser(prog="python -m profiling.ncu_report", description=__doc__)
     parser.add_argument("file", type=Path)
     names.add_arguments(parser)
@@ -309,9 +309,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.repeat < 1:
             raise ValueError(f"--repeat must be at least 1, got {options.repeat}")
+        benchmarks = list(names.chosen(options))
+    except ValueError as problem:
+        print(problem, file=sys.stderr)
+        return 64
+    try:
         recording = read(options.file)
-        uses = [use for benchmark, settings in names.chosen(options) for use in names.uses_of(benchmark, settings)]
-    except (OSError, ValueError) as problem:
+        uses = [use for benchmark, settings in benchmarks for use in names.uses_of(benchmark, settings)]
+    except OSError as problem:
+        print(f"{options.file}: {problem.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1
     if recording.synthetic:

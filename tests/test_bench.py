@@ -515,6 +515,21 @@ def test_ids_of_nothing_are_refused(text):
         suites.find(text, presets.settings(device="cpu"))
 
 
+def test_an_id_without_a_direction_names_those_that_there_are():
+    with pytest.raises(ValueError, match="^'route' names no direction: route/forward or route/forward[+]backward$"):
+        suites.find("route", presets.settings(device="cpu"))
+
+
+def test_nothing_is_compiled_where_no_peer_is():
+    for chosen, compiles in (("eager", False), ("eager,sdpa", False), ("algebra-compile", True), ("compile", True)):
+        settings = presets.settings(device="cpu", peers=chosen)
+        assert suites.Benchmark("route", FORWARD)._compiles(settings) is compiles, chosen
+        assert suites.Benchmark("adapter", FORWARD)._compiles(settings) is compiles, chosen
+    # Where none is named, smoke compiles two ops.
+    settings = presets.settings(device="cpu")
+    assert [suites.Benchmark(op, FORWARD)._compiles(settings) for op in ("route", "adapter")] == [True, False]
+
+
 def test_memory_is_counted_without_being_taken():
     settings = presets.settings("design", shape="N=16777216")
     before = measure.resident("VmRSS")
@@ -738,7 +753,17 @@ def test_last_words_of_a_parent_that_ends_by_itself_are_quoted(monkeypatch):
     process = kept.Kept(presets.settings(device="cpu"))
     process.wait()
     process._said[0].write("Traceback\nImportError: no torch\n\n")
-    assert process.ask("route/forward") == {"error": "a process that measures it has ended (1): ImportError: no torch"}
+    error = {"error": "a process that measures it has ended (1): ImportError: no torch"}
+    # Others would end at their imports too, row after row.
+    assert process.ask("route/forward") == error and not process.ended() and process.ask("router/forward") == error
+
+
+def test_a_process_with_kept_memory_ends_with_a_run_that_was_killed(monkeypatch):
+    monkeypatch.setattr(suites, "find", lambda *_: time.sleep(60))
+    read, write = os.pipe()
+    with open(read) as asker, pytest.raises(RuntimeError, match=r"has ended \(-9\)"):
+        os.close(write)
+        kept._forked("route/forward", presets.settings(device="cpu"), 1, True, asker)
 
 
 def test_parent_that_hangs_at_its_imports_is_ended(monkeypatch, tmp_path):
@@ -898,6 +923,36 @@ def test_pytest_bench_with_a_bad_option_is_one_line():
     assert done.returncode == 4
     (line,) = [line for line in done.stderr.splitlines() if line.strip()]
     assert line.startswith("ERROR: unknown preset 'nyud'; did you mean 'nyud-b'?")
+
+
+def test_pytest_bench_without_pytest_benchmark_is_one_line():
+    done = pytest_bench("-p", "no:benchmark")
+    assert done.returncode == 4
+    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert line == "ERROR: bench/ needs pytest-benchmark: pip install pytest-benchmark pytest-timeout"
+
+
+def test_commands_end_quietly_where_nobody_reads_on():
+    read, write = os.pipe()
+    os.close(read)
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-m", "bench", "list"], cwd=ROOT, env=env, stdout=write, stderr=-1)
+    os.close(write)
+    assert done.returncode == 141 and done.stderr == b""
+
+
+@pytest.mark.parametrize("busy, said", [(0.5, False), (0.51, True), (None, False)])
+def test_a_run_begun_beside_others_says_so_above_its_table(monkeypatch, busy, said):
+    from bench import conftest
+
+    lines = []
+    reporter = SimpleNamespace(section=lambda title: None, write_line=lines.append)
+    facts = timing.provenance() | {"busy": busy, "cores": 4}
+    run = SimpleNamespace(settings=presets.settings(device="cpu"))
+    stash = {conftest.ROWS: [{"peers": {}}], conftest.SESSION: run, conftest.FACTS: facts}
+    monkeypatch.setattr(table, "lines", lambda rows: [])
+    conftest.pytest_terminal_summary(reporter, SimpleNamespace(stash=stash, getoption=lambda name: None))
+    assert any(line.startswith("BUSY") for line in lines) is said, lines
 
 
 def test_a_gate_without_a_baseline_says_so_before_it_measures(tmp_path):

@@ -322,13 +322,13 @@ def test_the_report_compares_an_operators_kernels_with_the_floor_and_draws(tmp_p
 
 def test_a_file_that_is_none_of_ncus_is_one_clear_line(tmp_path):
     (tmp_path / "empty.csv").write_text("==ERROR== ERR_NVGPUCTRPERM: no permission to read the counters\n")
-    for arguments in (
-        [tmp_path / "empty.csv"],
-        [tmp_path / "nowhere.csv"],
-        [RECORDED / "route.ncu.csv", "rout/forward"],
+    for code, *arguments in (
+        (1, tmp_path / "empty.csv"),
+        (1, tmp_path / "nowhere.csv"),
+        (64, RECORDED / "route.ncu.csv", "rout/forward"),
     ):
         done = run(sys.executable, "-m", "profiling.ncu_report", *arguments)
-        assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+        assert done.returncode == code and len(done.stderr.splitlines()) == 1, done.stderr
     assert "ERR_NVGPUCTRPERM" in run(sys.executable, "-m", "profiling.ncu_report", tmp_path / "empty.csv").stderr
 
 
