@@ -29,14 +29,14 @@ INTRODUCTION = """# Results
 
 Made by `python -m bench page` from the files in bench/results/; do not edit. [bench/README.md](../bench/README.md) says how
 each figure is measured. A ratio is a peer's time over ours in the same interleaved run, so more than 1 means that ours is
-faster. In a file of several runs it is the median of the runs' ratios (by lower quartiles), ± the run that is furthest from it.
-Everything else, and every figure of a file of one run, is of one run, ± the larger side of a 95 % interval that says nothing of
-other runs (`?`: too few rounds for one): threaded calls of a few milliseconds wait for the scheduler now and then, so a ± of 100 %
-and more beside a ratio says that its run settles nothing about that row. `eager` is the reference backend in plain PyTorch,
-`compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given: one says as much about
-the machine's other work as about the code, and so do the rates, which are of one run alone. `contract` is the version of how
-times were taken; 1 differs from 2 in the noise of `kept` alone, whose processes had one parent. A row without a line under
-Targets has no goal of its own."""
+faster. In a file of several runs it is the median of the runs' ratios (by lower quartiles), ± the run that is furthest from
+it. Everything else, and every figure of a file of one run, is of one run, ± the larger side of a 95 % interval that says
+nothing of other runs (`?`: too few rounds for one): threaded calls of a few milliseconds wait for the scheduler now and then,
+so a ± of 100 % and more beside a ratio says that its run settles nothing about that row. `eager` is the reference backend in
+plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given:
+one says as much about the machine's other work as about the code, and so do the rates, which are of one run alone. `contract`
+is the version of how times were taken; 1 differs from 2 in the noise of `kept` alone, whose processes had one parent. A row
+without a line under Targets has no goal of its own."""
 
 COLUMNS = """`spread` is between the quartiles of our rounds, relative to their median. `kept` is eager's ratio in a process
 where glibc keeps all memory (in `smoke` with one thread), `emptied` our time without any kept memory over ours. GB/s and
