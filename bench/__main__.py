@@ -1,6 +1,6 @@
 """`python -m bench COMMAND`: list, once and the others in COMMANDS; `pytest bench/` is what measures."""
 
-import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -26,10 +26,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        code = main(sys.argv[1:])
-        sys.stdout.flush()
-    except BrokenPipeError:  # what reads has seen enough: `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 141  # as a shell says of what SIGPIPE ended
-    sys.exit(code)
+    if sys.argv[1:2] in (["list"], ["compare"]) and hasattr(signal, "SIGPIPE"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends these as it ends others
+    sys.exit(main(sys.argv[1:]))

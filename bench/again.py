@@ -48,13 +48,13 @@ def _kept(options: Mapping[str, Any], names: Sequence[str]) -> dict[str, Row]:
         return {}
     process = Kept(presets.settings(**options))
     try:
-        found = {name: process.ask(name) for name in names if not process.ended()}
+        found = {name: process.ask(name) for name in names}
     finally:
         process.close()
     for name, row in found.items():
-        if "error" in row:
-            print(f"{name}, kept memory: {row['error']}", file=sys.stderr)
-    return {name: row for name, row in found.items() if "error" not in row}
+        if why := row.get("refused") or row.get("error"):
+            print(f"{name}, kept memory: {why}", file=sys.stderr)
+    return {name: row for name, row in found.items() if "ratio" in row}
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -245,7 +245,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"too noisy to notice ours at half its speed, make it again on an idle machine: {', '.join(blind)}")
         print("\n".join([f"wrote {path}; with it the gate notices ours slower by", *files.table([head, *lines])]))
     return 0 if written else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -173,7 +173,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         print(rates(list(done.values())))
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -39,6 +39,8 @@ def _blind(config: pytest.Config) -> str | None:
     # What keeps the gate from seeing any time.
     if getattr(config.option, "numprocesses", None) or getattr(config.option, "tx", None):
         return "-n: the gate measures in one process, and its rows would stay in the workers"
+    if config.getoption("bench_shape"):
+        return "--shape: baselines are of presets"
     for name in ("benchmark_disable", "benchmark_skip"):
         if getattr(config.option, name, False):
             return f"--{name.replace('_', '-')}: nothing would be measured"
@@ -48,6 +50,9 @@ def _blind(config: pytest.Config) -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("benchmark"):
         raise pytest.UsageError("bench/ needs pytest-benchmark: pip install pytest-benchmark pytest-timeout")
+    file = config.getoption("benchmark_json")
+    if file and not Path(file).absolute().parent.is_dir():
+        raise pytest.UsageError(f"--benchmark-json={file}: there is no such folder")
     if config.getoption("bench_gate") and (why := _blind(config)):
         raise pytest.UsageError(f"--gate does not go with {why}")
     names = ("preset", "shape", "dtype", "device", "backend", "seconds", "peers", "max_autotune")
@@ -134,12 +139,10 @@ def measure(request: pytest.FixtureRequest, benchmark: Any) -> Callable[[suites.
     return run
 
 
-@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info.update(config.stash[FACTS])
 
 
-@pytest.hookimpl(optionalhook=True)
 def pytest_benchmark_update_json(config: pytest.Config, output_json: dict[str, Any]) -> None:
     # A benchmark without statistics would break pytest-benchmark's own comparison.
     output_json["not_measured"] = [row for row in config.stash[ROWS] if "error" in row]
@@ -165,9 +168,9 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         changes = "".join(f", {size}={value}" for size, value in settings.changes.items())
         terminalreporter.section(f"bench, preset {settings.name}{changes}, {settings.dtype} on {settings.device}")
         facts = config.stash[FACTS]
-        busy = (facts["busy"] or 0.0) > facts["cores"] / 8
-        notes = ["BUSY when this began: unless that has ended, it is in every number below"] if busy else []
-        for line in [*timing.describe(facts).splitlines(), *notes, "", *table.lines(rows), *_idle(config, rows)]:
+        busy = "BUSY when this began: unless that has ended, it is in every number below"
+        lines = [*timing.describe(facts).splitlines(), *([busy] if files.busy(facts) else [])]
+        for line in [*lines, "", *table.lines(rows), *_idle(config, rows)]:
             terminalreporter.write_line(line)
     if VERDICT in config.stash:
         terminalreporter.section("gate")

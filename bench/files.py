@@ -4,6 +4,7 @@ A baseline is such a file too: one row an id, with `runs` beside it (see `bench.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -127,11 +128,19 @@ def baseline_path(machine: Mapping[str, Any], preset: str, dtype: str, folder: P
     return folder / machine["device"]["class"] / f"{preset}-{dtype}.json"
 
 
+def busy(facts: Mapping[str, Any]) -> bool:
+    """Whether an eighth of the cores that a run might use, or more, had other work when it began."""
+    return (facts.get("busy") or 0.0) > (facts.get("cores") or math.inf) / 8
+
+
 def warnings(found: Results) -> list[str]:
-    """A line for what makes one file's numbers doubtful: a dirty tree, or none known."""
+    """A line for what makes one file's numbers doubtful: a dirty tree, other work beside them."""
+    lines = []
     if found.machine.get("dirty"):
-        return [f"{found.path} was measured on a dirty tree: no revision stands behind its numbers"]
-    return []
+        lines.append(f"{found.path} was measured on a dirty tree: no revision stands behind its numbers")
+    if busy(found.machine):
+        lines.append(f"{found.path} was begun on a BUSY machine: its numbers may be of other work too")
+    return lines
 
 
 def differences(then: Results, now: Results) -> list[str]:
@@ -142,7 +151,7 @@ def differences(then: Results, now: Results) -> list[str]:
         lines.append(
             "timing contract {} then and {} now: ratios mean the same, and their noise differs".format(*contracts)
         )
-    facts = {"device": (then.device, now.device)}
+    facts = {"device": (then.device, now.device), "device class": (then.device_class, now.device_class)}
     for name in DECISIVE:
         facts[name] = (then.machine.get(name), now.machine.get(name))
     for name, (old, new) in facts.items():

@@ -355,6 +355,7 @@ def check(now: Results, again: Again, folder: Path = files.RESULTS) -> Report:
             continue
         comparable, notes = _comparable(then, rows)
         broken = [f"FAILED, {name}: {rows[name]['error']}" for name in then.rows if "error" in rows.get(name, {})]
+        broken += _without_yardstick(then, comparable)
         found = checks({name: then.rows[name] for name in gated(then)}, comparable)
         if then.machine.get("threads") != now.machine.get("threads"):
             found = [check for check in found if not check.name.endswith(AS_USED)]
@@ -437,6 +438,20 @@ def _comparable(then: Results, rows: Mapping[str, Row]) -> tuple[dict[str, Row],
             if row["backend"] != old["backend"]:
                 notes.append(f"{name}: backend {row['backend']} now, {old['backend']} then")
     return same, notes
+
+
+def _without_yardstick(then: Results, rows: Mapping[str, Row]) -> list[str]:
+    # By another peer they would be judged too, and what is noticed so is far more than what the baseline stands for.
+    lost: dict[str, list[str]] = {}
+    for name, row in rows.items():
+        if KEPT in then.rows[name]["runs"] and observed(row, KEPT) is None:
+            why = next((note for note in row.get("notes", ()) if note.startswith("kept memory: ")), "not measured")
+            lost.setdefault(why, []).append(name)
+    return [
+        f"FAILED, {len(names)} rows without {KEPT}, their yardstick: {', '.join(names[:4])}"
+        f"{', ...' if len(names) > 4 else ''} ({why.removeprefix('kept memory: ')})"
+        for why, names in lost.items()
+    ]
 
 
 def table(found: Sequence[Check]) -> str:

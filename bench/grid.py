@@ -1,4 +1,4 @@
-"""`python -m bench.grid`: is "cpu" anywhere slower than "reference"? 81 sizes from 1 token to 65,536, both directions.
+"""`python -m bench grid`: is "cpu" anywhere slower than "reference"? 81 sizes from 1 token to 65,536, both directions.
 
 Exit code 1 if it is, or if the two disagree. An op that is not native on "cpu" is left out unless named with --op: then
 the reference runs against itself, which shows how often this measurement raises a false alarm.
@@ -162,7 +162,7 @@ def _times(cell: Mapping[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m bench.grid", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m bench grid", description=__doc__)
     parser.add_argument(
         "--op", action="append", choices=OPS, help="this op; may be repeated (default: all native ones)"
     )
@@ -183,7 +183,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(timing.describe(facts))
     print(report(result))
     return int(any(cell["slower"] or cell["refused"] for cell in result["cells"]))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -49,15 +49,25 @@ ENVIRONMENT = {
 }
 
 
+class Refused(RuntimeError):
+    """Ours is not what it should be there."""
+
+
 class Kept:
-    """The parents, begun once for many rows. They import for some seconds and then wait while they are not asked.
+    """The parents, begun once for many rows. They import for some seconds and then wait while they are not asked. Where one
+    has ended, others are begun for the next row; not where it ended before it had imported everything.
 
     Args:
         settings: of the run.
     """
 
     def __init__(self, settings: Settings) -> None:
-        command = [sys.executable, "-m", "bench.kept", json.dumps(settings.options() | {"peers": "eager"})]
+        self._settings = settings
+        self._why: str | None = None  # there is no use in beginning others
+        self._begin()
+
+    def _begin(self) -> None:
+        command = [sys.executable, "-m", "bench.kept", json.dumps(self._settings.options() | {"peers": "eager"})]
         environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": os.pathsep.join([str(timing.ROOT), *sys.path])}
         self._said = [tempfile.TemporaryFile("w+") for _ in range(PROCESSES)]  # what each writes to stderr
         self._parents = [
@@ -73,7 +83,6 @@ class Kept:
         ]
         self._importing = list(self._parents)
         self._ready = 0  # how many have imported everything
-        self._why: str | None = None  # they have ended
 
     def wait(self) -> None:
         """Until they have imported everything: nothing is to be timed beside that."""
@@ -85,9 +94,11 @@ class Kept:
                 parent.kill()
 
     def ask(self, name: str) -> Row:
-        """What `answer` says of a benchmark; {"error": why} where it says nothing."""
+        """What `answer` says of a benchmark; {"refused": why} where ours disagrees, {"error": why} where nothing is said."""
         if self._why is not None:
             return {"error": self._why}
+        if not self._parents:
+            self._begin()
         self.wait()
         found = []
         # Outputs are compared in the first alone: all run the same code.
@@ -96,27 +107,29 @@ class Kept:
                 print(json.dumps([name, i == 0]), file=parent.stdin, flush=True)
                 said = json.loads(parent.stdout.readline())
             except (OSError, ValueError):
-                self._end()
-                why = f"a process that measures it has ended ({parent.returncode})"
-                # One that was killed had nothing to say of it.
-                why += self._last_words(i) if parent.returncode > 0 else ""
-                self.close()
-                self._why = why
-                return {"error": why}
-            if "error" in said:
+                return {"error": self._lost(i)}
+            if "error" in said or "refused" in said:
                 return said
             found.append({side: Timing(tuple(said[side]["samples"]), said[side]["calls"]) for side in SIDES})
         return answer(found) | {"threads": said["threads"]}
 
-    def ended(self) -> bool:
-        """Whether there is nothing left to ask, and others may say more: not where one ended before it was ready."""
-        return self._ready == PROCESSES and any(parent.poll() is not None for parent in self._parents)
+    def _lost(self, i: int) -> str:
+        parent = self._parents[i]
+        self._end()
+        why = f"a process that measures it has ended ({parent.returncode})"
+        # One that was killed had nothing to say of it.
+        why += self._last_words(i) if parent.returncode > 0 else ""
+        self.close()
+        if self._ready < PROCESSES:
+            self._why = why
+        return why
 
     def close(self) -> None:
         """Ends them, if they have not ended."""
         self._end()
         for said in self._said:
             said.close()
+        self._parents, self._said = [], []
 
     def _end(self) -> None:
         for parent in self._parents:
@@ -150,9 +163,7 @@ def answer(found: Sequence[dict[str, Timing]]) -> Row:
     }
 
 
-def _forked(
-    name: str, settings: Settings, threads: int, checks: bool, asker: TextIO | None = None
-) -> dict[str, Timing]:
+def _forked(name: str, settings: Settings, threads: int, checks: bool, asker: TextIO) -> dict[str, Timing]:
     # In a process of its own; what is raised there is raised here. Nobody asks again before there is an answer, so what
     # can be read of the asker is its end.
     context = multiprocessing.get_context("fork")
@@ -161,15 +172,15 @@ def _forked(
     process.start()
     send.close()
     try:
-        if receive not in wait([receive, *filter(None, [asker])], STUCK_SECONDS + 20 * settings.seconds):
+        if receive not in wait([receive, asker], STUCK_SECONDS + 20 * settings.seconds):
             process.kill()
         found = receive.recv()
     except EOFError:
         process.join()
         raise RuntimeError(f"a process that measures it has ended ({process.exitcode})") from None
     process.join()
-    if isinstance(found, str):
-        raise RuntimeError(found)
+    if isinstance(found, RuntimeError):
+        raise found
     return found
 
 
@@ -189,9 +200,9 @@ def _child(send: Connection, name: str, settings: Settings, threads: int, checks
         found = timing.interleave({"ours": ours, "eager": built.calls["eager"]}, plan)
         # Afterwards, so that what a comparison leaves in the heap is in no time.
         refused = built.check()[1] if checks else {}
-        send.send(f"ours {refused['ours']}" if "ours" in refused else found)
+        send.send(Refused(f"ours {refused['ours']}") if "ours" in refused else found)
     except Exception as problem:
-        send.send(timing.raised(problem))
+        send.send(RuntimeError(timing.raised(problem)))
 
 
 def serve(arguments: Sequence[str]) -> None:
@@ -212,7 +223,7 @@ def serve(arguments: Sequence[str]) -> None:
             }
             found["threads"] = threads
         except RuntimeError as problem:
-            found = {"error": str(problem)}
+            found = {"refused" if isinstance(problem, Refused) else "error": str(problem)}
         print(json.dumps(found), flush=True)
 
 

@@ -160,8 +160,7 @@ class Session:
 
     def _limit(self, cost: Cost, seconds: float) -> Row:
         bandwidth, rate = self._measured_limits()
-        at_shapes = rate_at_shapes(cost, self.settings)
-        rate = max(rate, at_shapes or 0.0)
+        rate, at_shapes = product_limit(cost, self.settings, rate)
         by = {"bytes": cost.bytes / bandwidth.reused, "operations": cost.operations / rate}
         floor = max(by.values())
         return {
@@ -190,9 +189,9 @@ class Session:
 
     def _add_kept(self, row: Row, benchmark: Benchmark) -> None:
         found = self._kept.ask(benchmark.id)
-        if self._kept.ended():
-            self.close()
-        if "error" in found:
+        if "refused" in found:
+            row["error"] = f"{found['refused']}, with kept memory"
+        elif "error" in found:
             row["notes"].append(f"kept memory: {found['error']}")
         else:
             row["memory"]["eager_kept"] = found
@@ -204,13 +203,14 @@ def square_rate(settings: Settings) -> float:
     return timing.product_rate([SQUARE[settings.device]], plan, settings.torch_dtype, settings.device)
 
 
-def rate_at_shapes(cost: Cost, settings: Settings) -> float | None:
-    """The same at an op's own products, which may be narrow, or go faster; None where it has none.
-
-    What an op is held against is the larger of both: the most that the machine was seen to multiply.
-    """
+def product_limit(cost: Cost | None, settings: Settings, squares: float) -> tuple[float, float | None]:
+    """(what an op is held against, the most that the machine was seen to multiply: the rate of large squares, or that at the
+    op's own products, which may be narrow, or go faster; that one, None where it has none)."""
+    if cost is None or not cost.products:
+        return squares, None
     plan = Plan(warmup=0.05, seconds=min(0.3, settings.seconds / 2), least=3)
-    return timing.product_rate(cost.products, plan, settings.torch_dtype, settings.device) if cost.products else None
+    found = timing.product_rate(cost.products, plan, settings.torch_dtype, settings.device)
+    return max(squares, found), found
 
 
 def _header(benchmark: Benchmark, settings: Settings) -> Row:

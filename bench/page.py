@@ -32,8 +32,8 @@ each figure is measured. A ratio is a peer's time over ours in the same interlea
 faster. In a file of several runs it is the median of the runs' ratios (by lower quartiles), ± the run that is furthest from
 it. Everything else, and every figure of a file of one run, is of one run, ± the larger side of a 95 % interval that says
 nothing of other runs (`?`: too few rounds for one): threaded calls of a few milliseconds wait for the scheduler now and then,
-so a ± of 100 % and more beside a ratio says that its run settles nothing about that row. `eager` is the reference backend in
-plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given:
+and a ± of 100 % and more beside a ratio says that these runs settle nothing about that row. `eager` is the reference backend
+in plain PyTorch, `compile` torch.compile of it, `algebra` the kernels' algebra in plain PyTorch. For CPUs no times are given:
 one says as much about the machine's other work as about the code, and so do the rates, which are of one run alone. `contract`
 is the version of how times were taken; 1 differs from 2 in the noise of `kept` alone, whose processes had one parent. A row
 without a line under Targets has no goal of its own."""
@@ -47,9 +47,10 @@ passes 100 %. `peak` is what a call takes beyond its arguments, and beside it ea
 STEPS = """`none` is the time of the step without the counterfactual loss over that of the step with it, in the same interleaved
 rounds."""
 
-NOTICED = """What `pytest bench/ --gate` notices with this file as its baseline, in nine of ten runs: ours slower
-by at least this factor in all rows of a subject, where a run is no noisier than those of the baseline. `notices` is by
-eager with kept memory where that was measured, `as used` by eager with fresh memory and all threads."""
+NOTICED = """What `pytest bench/ --gate` should notice with this file as its baseline, in nine of ten runs, by the noise of
+its runs (what was counted is in [bench/README.md](../bench/README.md#the-gate)): ours slower by at least this
+factor in all rows of a subject, where a run is no noisier than those of the baseline. `notices` is by eager
+with kept memory where that was measured, `as used` by eager with fresh memory and all threads."""
 
 # The names of this page's pictures: class, preset, type and what they show.
 PICTURE = re.compile(rf"(cpu|cuda|hip|unknown)-.+-({'|'.join(DTYPES)})-(ratios|roofline|scaling)\.svg")
@@ -161,7 +162,8 @@ def _summary(found: Sequence[Results]) -> str:
         cells = [op, direction]
         for _, rows in sides:
             row = rows.get(f"{op}/{direction}", {})
-            fastest = row.get("fastest")
+            ratios = {peer: found["value"] for peer in row.get("peers", {}) if (found := files.ratio(row, peer))}
+            fastest = min(ratios, key=ratios.__getitem__, default=None)
             cells += [
                 _ratio(row, "eager") or NOT_MEASURED,
                 f"{_ratio(row, fastest)} {fastest}" if fastest else NOT_MEASURED,
@@ -458,7 +460,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     save(pictures(found), options.out / "results")
     print(f"wrote {options.out / 'results.md'} from {len(found)} files")
     return int(bool(problems))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -243,8 +243,8 @@ def settings(
         backends.resolve(backend, torch.device(device))
         if device not in backends._DEVICES.get(backend, (device,)):
             raise ValueError(f"backend {backend!r} does not run on {device} tensors")
-    if seconds is not None and not seconds > 0:
-        raise ValueError(f"seconds must be more than 0, got {seconds}")
+    if seconds is not None and not 0 < seconds < 3600:
+        raise ValueError(f"seconds must be more than 0 and less than an hour, got {seconds}")
     wanted = chosen.peers if peers is None else None if peers == "all" else tuple(peers.split(","))
     for name in wanted or ():
         if name not in PEERS:
@@ -269,16 +269,21 @@ def parse_shape(text: str) -> dict[str, int]:
     """ "B=8,N=4096" as a dict.
 
     Raises:
-        ValueError: for a word of another form, a size that does not exist, or one that is not a whole number above 0.
+        ValueError: for a word of another form, a size that does not exist or is named twice, or one that is not a whole number
+            from 1 to 2^31 - 1.
     """
     found: dict[str, int] = {}
     names = tuple(asdict(Sizes()))
     for word in text.split(","):
         name, equals, value = word.strip().partition("=")
-        if not equals or not value.isdecimal() or not int(value):
-            raise ValueError(f"shape {text!r}: {word.strip()!r} is not NAME=NUMBER, such as B=8,N=4096")
+        if not equals or not value.isdecimal() or not 0 < int(value) < 2**31:
+            raise ValueError(
+                f"shape {text!r}: {word.strip()!r} is not NAME=NUMBER, such as B=8,N=4096, from 1 to 2^31 - 1"
+            )
         if name not in names:
             raise ValueError(f"shape {text!r}: there is no size {name!r} (known: {', '.join(names)})")
+        if name in found:
+            raise ValueError(f"shape {text!r} names {name} twice")
         found[name] = int(value)
     return found
 

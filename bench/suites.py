@@ -240,6 +240,6 @@ def find(text: str, settings: Settings) -> Benchmark:
         raise ValueError(f"{text!r} names no direction: {' or '.join(f'{subject}/{each}' for each in known[subject])}")
     if direction not in known[subject]:
         raise unknown(f"direction of {subject}", direction, known[subject])
-    found = Benchmark(subject, direction, {k: v for word in variant for k, v in parse_shape(word).items()})
+    found = Benchmark(subject, direction, parse_shape(",".join(variant)) if variant else {})
     found.sizes(settings)
     return found

@@ -228,8 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     measured = timing.interleave({"ours": call}, plan)["ours"]
     seconds, (low, high) = measured.median, measured.quartiles
     bandwidth = timing.copy_bandwidth(plan).reused
-    at_shapes = measure.rate_at_shapes(built.cost, settings) if built.cost else None
-    rate = max(measure.square_rate(settings), at_shapes or 0.0)
+    rate, _ = measure.product_limit(built.cost, settings, measure.square_rate(settings))
     stem = options.out / benchmark.id.replace("/", ".")
     print(timing.describe(facts))
     print(what)

@@ -10,7 +10,7 @@
 # a GPU or a compiler.
 # Ends with 0 if all steps did, 1 if one failed, 2 where there is no GPU or no compiler.
 set -uo pipefail
-if [ $# -ne 1 ]; then
+if [ $# -ne 1 ] || [[ $1 == -* ]]; then
     echo "usage: profiling/gpu_check.sh DIR" >&2
     exit 64
 fi

@@ -15,7 +15,6 @@ import torch
 
 from tiger_fast import functional
 from tiger_fast._examples import Sizes, arguments, calls_of, with_gradients
-from tiger_fast.kernels.launch import recording
 from tiger_fast.ops import triton
 
 SIZES = Sizes(B=1, N=16, D=64, R=8, C=8, heads=2)
@@ -29,6 +28,8 @@ def microseconds(function: Callable[[], object], rounds: int) -> float:
 def layers(op: str, device: str, rounds: int) -> dict[str, float]:
     """Microseconds of the forward from the innermost layer outwards; "gradients" is the public function, building a graph."""
     namespace = "tiger_fast" if device == "cuda" else "tiger_fast_interpreted"
+    from tiger_fast.kernels.launch import recording  # needs Triton, of which `main` says whether it is there
+
     tensors, others = arguments(op, SIZES, torch.bfloat16, device)
     call = calls_of(op, tensors, others, namespace)[0]
     launcher = triton.launcher(op)

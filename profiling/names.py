@@ -26,12 +26,18 @@ try:
     from tiger_fast.kernels import aot, config
     from tiger_fast.kernels.launch import recording
 except ModuleNotFoundError as problem:
-    if problem.name != "triton":
+    if problem.name.partition(".")[0] != "triton":
         raise
     aot = None  # what ncu wrote can be read without it
 
 RANGE = "tiger_fast.kernels."
-NO_TRITON = "Triton is not installed: it is what records a benchmark's kernels"
+
+
+class NoTriton(ValueError):
+    """Triton is not installed."""
+
+    def __init__(self) -> None:
+        super().__init__("Triton is not installed, without which nothing says what a benchmark launches")
 
 
 @dataclass(frozen=True)
@@ -64,10 +70,11 @@ def uses_of(benchmark: suites.Benchmark, settings: presets.Settings, architectur
         architecture: that kernels are chosen for; None: the GPU's, or sm_90.
 
     Raises:
-        ValueError: without Triton; where a model's calls cannot be recorded, for no backend that fuses them is here.
+        NoTriton: without it.
+        ValueError: where a model's calls cannot be recorded, for no backend that fuses them is here.
     """
     if aot is None:
-        raise ValueError(NO_TRITON)
+        raise NoTriton
     made: dict[str, list] = {}
     config.assume(architecture or _architecture())
     try:
@@ -143,12 +150,11 @@ def chosen(options: argparse.Namespace) -> Iterator[tuple[suites.Benchmark, pres
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 2 without Triton, 64 for a preset, a shape or an id that there is not."""
-    if aot is None:
-        print(NO_TRITON, file=sys.stderr)
-        return 2
     parser = argparse.ArgumentParser(prog="python -m profiling.names", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--arch", choices=tuple(config.ARCHITECTURES), help="default: the GPU's, or sm_90")
+    parser.add_argument(
+        "--arch", choices=tuple(config.ARCHITECTURES) if aot else (), help="default: the GPU's, or sm_90"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_intermixed_args(arguments)
     try:
@@ -158,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = [(benchmark.id, uses_of(benchmark, settings, options.arch)) for benchmark, settings in chosen(options)]
     except ValueError as problem:
         print(problem, file=sys.stderr)
-        return 64
+        return 2 if isinstance(problem, NoTriton) else 64
     if options.json:
         print(json.dumps([asdict(use) for _, uses in found for use in uses], indent=1))
         return 0

@@ -298,7 +298,7 @@ def table(found: Sequence[Row]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; 1 for a file that cannot be read, 64 for an id, a preset, a shape or a type that there is not."""
+    """The command; 1 for a file that cannot be read, 2 for ids without Triton, 64 for an id or a preset that there is not."""
     parser = argparse.ArgumentParser(prog="python -m profiling.ncu_report", description=__doc__)
     parser.add_argument("file", type=Path)
     names.add_arguments(parser)
@@ -321,7 +321,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except ValueError as problem:
         print(problem, file=sys.stderr)
-        return 1
+        return 2 if isinstance(problem, names.NoTriton) else 1
     if recording.synthetic:
         print(f"THESE NUMBERS ARE NOT OF A REAL RUN: {recording.synthetic}")
     recording = resolved(recording, {use.operator: use.symbols for use in uses})

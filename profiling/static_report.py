@@ -17,13 +17,21 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 import torch
-from triton.runtime.jit import JITFunction
 
 from tiger_fast._examples import Call, calls, gpu_sizes
-from tiger_fast.kernels import aot, config
-from tiger_fast.kernels.launch import Launch, recording
 from tiger_fast.ops.triton import NATIVE, launcher
 from tiger_fast.reference import TOKEN_LOSSES
+
+try:
+    from triton.runtime.jit import JITFunction
+
+    from tiger_fast.kernels import aot, config
+    from tiger_fast.kernels.launch import Launch, recording
+except ModuleNotFoundError as problem:
+    if __name__ != "__main__" or problem.name.partition(".")[0] != "triton":
+        raise
+    print("Triton is not installed, which compiles the kernels", file=sys.stderr)
+    sys.exit(2)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = Path(__file__).with_name("static")

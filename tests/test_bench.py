@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import signal
 import statistics
 import subprocess
 import sys
@@ -463,6 +464,9 @@ def test_a_peer_that_cannot_be_captured_keeps_its_launches_and_ours_everyones(mo
         ({"preset": "smok"}, "did you mean 'smoke'?"),
         ({"shape": "B=2,N"}, "'N' is not NAME=NUMBER"),
         ({"shape": "B=0"}, "'B=0' is not NAME=NUMBER"),
+        ({"shape": "B=2147483648"}, "from 1 to 2^31 - 1"),
+        ({"shape": "B=2,T=3,B=3"}, "names B twice"),
+        ({"seconds": math.inf}, "seconds must be more than 0 and less than an hour, got inf"),
         ({"shape": "K=2"}, "there is no size 'K' (known: B, N, D, M, T, R, C, G, heads)"),
         ({"shape": "D=10,heads=3"}, "heads=3 does not divide D=10"),
         ({"shape": "M=17"}, "M=17 is above the limit of 16"),
@@ -508,7 +512,15 @@ def test_variants_change_one_size_and_every_size_has_some():
 
 
 @pytest.mark.parametrize(
-    "text", ["rout/forward", "route/backward", "step/forward", "route/forward/K=2", "route/forward/M=20"]
+    "text",
+    [
+        "rout/forward",
+        "route/backward",
+        "step/forward",
+        "route/forward/K=2",
+        "route/forward/M=20",
+        "route/forward/T=8/T=4",
+    ],
 )
 def test_ids_of_nothing_are_refused(text):
     with pytest.raises(ValueError):
@@ -528,6 +540,15 @@ def test_nothing_is_compiled_where_no_peer_is():
     # Where none is named, smoke compiles two ops.
     settings = presets.settings(device="cpu")
     assert [suites.Benchmark(op, FORWARD)._compiles(settings) for op in ("route", "adapter")] == [True, False]
+
+
+def test_a_product_is_held_against_the_most_that_the_machine_multiplied(monkeypatch):
+    settings, cost = presets.settings(device="cpu"), Case("route", SMALL).cost(FORWARD)
+    for at_shapes, rate in ((1e12, 3e12), (4e12, 4e12)):
+        monkeypatch.setattr(timing, "product_rate", lambda *_, value=at_shapes: value)
+        assert measure.product_limit(cost, settings, 3e12) == (rate, at_shapes)
+    assert cost.products and measure.product_limit(replace(cost, products=()), settings, 3e12) == (3e12, None)
+    assert measure.product_limit(None, settings, 3e12) == (3e12, None)
 
 
 def test_memory_is_counted_without_being_taken():
@@ -571,9 +592,6 @@ class NoKept:
 
     def ask(self, name):
         return {"error": "not asked for"}
-
-    def ended(self):
-        return False
 
     def close(self):
         pass
@@ -636,7 +654,9 @@ def test_bfloat16_is_measured_as_float32_is(session):
 
 def test_sixteen_bits_are_compared_with_the_reference_in_float32(session):
     # Of 4,096 tokens the reference adds up a norm's gradients in bfloat16, with an error that a wrong term might have too.
-    row = row_of(session(dtype="bfloat16", shape=f"{TINY},N=2048"), "competency_aggregate/forward+backward")
+    row = row_of(
+        session(dtype="bfloat16", shape=TINY.replace("N=6", "N=2048")), "competency_aggregate/forward+backward"
+    )
     assert 0 < row["peers"]["eager"]["error"] and "ratio" in row["peers"]["eager"], row
     truth = Case("adapter", SMALL, torch.bfloat16).exact(BOTH)()
     assert all(t.dtype == torch.float32 for part in truth for t in part)
@@ -695,15 +715,25 @@ def test_eager_that_raises_in_sixteen_bits_is_a_word_and_the_row_goes_on(session
     assert row["fastest"] is None and row["ours"]["median"] > 0 and row["peak_bytes"] is not None
 
 
-def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(session, monkeypatch):
-    process = kept.Kept(presets.settings(device="cpu", shape=TINY))
+@pytest.fixture
+def asker():
+    """Who asks a parent, and says nothing more while it answers."""
+    read, write = os.pipe()
+    with open(read) as file:
+        yield file
+    os.close(write)
+
+
+def test_a_process_with_kept_memory_that_has_died_is_a_note_and_others_begin(session, monkeypatch):
+    process = kept.Kept(presets.settings(device="cpu", shape=TINY, seconds=1e-3))
     process.wait()
     process._parents[2].kill()
     process._said[2].write("a warning\n")
-    assert process.ask("route/forward") == {"error": "a process that measures it has ended (-9)"} and process.ended()
+    assert process.ask("route/forward") == {"error": "a process that measures it has ended (-9)"}
+    assert "ratio" in process.ask("route/forward")
     process.close()
 
-    begun = []
+    begun, asked = [], []
 
     class Fake:
         def __init__(self, settings):
@@ -713,10 +743,8 @@ def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(ses
             pass
 
         def ask(self, name):
-            return {"error": "ended"} if self is begun[0] else {"median": 1.0}
-
-        def ended(self):
-            return self is begun[0]
+            asked.append(name)
+            return {"error": "ended"} if len(asked) == 1 else {"median": 1.0}
 
         def close(self):
             pass
@@ -726,13 +754,13 @@ def test_a_process_with_kept_memory_that_has_died_is_a_note_and_begins_again(ses
     made = session()
     rows = [row_of(made, "route/forward") for _ in range(3)]
     assert rows[0]["notes"] == ["kept memory: ended"] and all("eager_kept" in row["memory"] for row in rows[1:]), rows
-    assert len(begun) == 2  # one died, one stays
+    assert len(begun) == 1
     # The reference against itself has nothing to show there.
     monkeypatch.setattr(suites.Benchmark, "backend", lambda *_: "reference")
     assert not row_of(made, "route/forward")["memory"]
 
 
-def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_may_end(monkeypatch):
+def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_may_end(monkeypatch, asker):
     settings = presets.settings(device="cpu", shape=TINY, seconds=1e-3)
     process = kept.Kept(settings)
     row = process.ask("leave_one_out/forward+backward")
@@ -745,7 +773,7 @@ def test_rows_with_kept_memory_are_measured_in_several_processes_of_which_one_ma
     process.close()
     monkeypatch.setattr(suites, "find", lambda *_: os._exit(7))
     with pytest.raises(RuntimeError, match=r"has ended \(7\)"):
-        kept._forked("route/forward", settings, 1, True)
+        kept._forked("route/forward", settings, 1, True, asker)
 
 
 def test_last_words_of_a_parent_that_ends_by_itself_are_quoted(monkeypatch):
@@ -754,16 +782,37 @@ def test_last_words_of_a_parent_that_ends_by_itself_are_quoted(monkeypatch):
     process.wait()
     process._said[0].write("Traceback\nImportError: no torch\n\n")
     error = {"error": "a process that measures it has ended (1): ImportError: no torch"}
+    assert process.ask("route/forward") == error
     # Others would end at their imports too, row after row.
-    assert process.ask("route/forward") == error and not process.ended() and process.ask("router/forward") == error
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("begun again"))
+    assert process.ask("router/forward") == error
 
 
-def test_a_process_with_kept_memory_ends_with_a_run_that_was_killed(monkeypatch):
-    monkeypatch.setattr(suites, "find", lambda *_: time.sleep(60))
-    read, write = os.pipe()
-    with open(read) as asker, pytest.raises(RuntimeError, match=r"has ended \(-9\)"):
+@pytest.fixture
+def served(monkeypatch, capsys):
+    """What a parent answers to one question, by a run that has ended since."""
+
+    def serve(settings, name):
+        read, write = os.pipe()
+        os.write(write, f"{json.dumps([name, True])}\n".encode())
         os.close(write)
-        kept._forked("route/forward", presets.settings(device="cpu"), 1, True, asker)
+        threads = torch.get_num_threads()
+        with open(read) as asker:
+            monkeypatch.setattr(sys, "stdin", asker)
+            kept.serve([json.dumps(settings.options())])
+        torch.set_num_threads(threads)
+        ready, said = capsys.readouterr().out.splitlines()
+        assert ready == "ready"
+        return json.loads(said)
+
+    return serve
+
+
+def test_a_process_with_kept_memory_ends_with_a_run_that_was_killed(monkeypatch, served):
+    monkeypatch.setattr(suites.Benchmark, "build", lambda *_: None)  # nothing is imported at first use here
+    monkeypatch.setattr(suites.Benchmark, "plan", lambda *_: time.sleep(60))
+    found = served(presets.settings(device="cpu"), "route/forward")
+    assert found == {"error": "a process that measures it has ended (-9)"}
 
 
 def test_parent_that_hangs_at_its_imports_is_ended(monkeypatch, tmp_path):
@@ -794,7 +843,7 @@ def test_each_process_with_kept_memory_has_a_parent_of_its_own_and_the_first_com
     assert row["processes"] == pytest.approx([2.0, 3.0, 4.0, 5.0]) and row["threads"] == 1
 
 
-def test_what_disagrees_or_says_nothing_with_kept_memory_has_no_ratio_there(monkeypatch):
+def test_ours_that_disagrees_with_kept_memory_alone_fails(session, monkeypatch, served):
     settings = presets.settings(device="cpu", shape=TINY, seconds=1e-3, peers="eager")
     build = suites.Benchmark.build
 
@@ -803,13 +852,23 @@ def test_what_disagrees_or_says_nothing_with_kept_memory_has_no_ratio_there(monk
         built.calls["ours"] = lambda: torch.zeros(1)
         return built
 
-    monkeypatch.setattr(suites.Benchmark, "build", wrong)
-    with pytest.raises(RuntimeError, match="ours DISAGREES"):
-        kept._forked("route/forward", settings, 1, True)
+    with monkeypatch.context() as patch:
+        patch.setattr(suites.Benchmark, "build", wrong)
+        patch.setattr(kept, "wait", lambda channels, _: channels[:1])  # until it has answered
+        said = served(settings, "route/forward")
+    assert said["refused"].startswith("ours DISAGREES")
+    monkeypatch.setattr(NoKept, "ask", lambda *_: said)
+    monkeypatch.setattr(suites.Benchmark, "backend", lambda *_: "cpu")
+    row = row_of(session(), "route/forward")
+    assert row["error"].startswith("ours DISAGREES") and row["error"].endswith(", with kept memory")
+
+
+def test_what_says_nothing_with_kept_memory_is_ended(monkeypatch, asker):
+    settings = presets.settings(device="cpu", shape=TINY, seconds=1e-3, peers="eager")
     monkeypatch.setattr(suites.Benchmark, "build", lambda *_: time.sleep(60))
     monkeypatch.setattr(kept, "STUCK_SECONDS", 0.1)
     with pytest.raises(RuntimeError, match=r"has ended \(-9\)"):
-        kept._forked("route/forward", settings, 1, True)
+        kept._forked("route/forward", settings, 1, True, asker)
 
 
 def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(session, monkeypatch):
@@ -925,29 +984,38 @@ def test_pytest_bench_with_a_bad_option_is_one_line():
     assert line.startswith("ERROR: unknown preset 'nyud'; did you mean 'nyud-b'?")
 
 
-def test_pytest_bench_without_pytest_benchmark_is_one_line():
-    done = pytest_bench("-p", "no:benchmark")
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        (("-p", "no:benchmark"), "bench/ needs pytest-benchmark: pip install pytest-benchmark pytest-timeout"),
+        (("--benchmark-json", "/nowhere/a.json"), "--benchmark-json=/nowhere/a.json: there is no such folder"),
+        (("--gate", "--shape", "B=3"), "--gate does not go with --shape: baselines are of presets"),
+    ],
+)
+def test_what_would_be_in_vain_is_one_line_before_anything_is_measured(options, said):
+    done = pytest_bench(*options)
     assert done.returncode == 4
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
-    assert line == "ERROR: bench/ needs pytest-benchmark: pip install pytest-benchmark pytest-timeout"
+    assert [line for line in done.stderr.splitlines() if line.strip()] == [f"ERROR: {said}"]
 
 
-def test_commands_end_quietly_where_nobody_reads_on():
-    read, write = os.pipe()
-    os.close(read)
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "bench", "list"], cwd=ROOT, env=env, stdout=write, stderr=-1)
-    os.close(write)
-    assert done.returncode == 141 and done.stderr == b""
+def test_commands_end_quietly_where_nobody_reads_on(tmp_path):
+    for arguments in (["list"], ["compare", ROOT / "nowhere.json", "--help"]):
+        read, write = os.pipe()
+        os.close(read)
+        env = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "bench", *map(str, arguments)]
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=write, stderr=subprocess.PIPE)
+        os.close(write)
+        assert done.returncode == -signal.SIGPIPE and done.stderr == b""
 
 
-@pytest.mark.parametrize("busy, said", [(0.5, False), (0.51, True), (None, False)])
+@pytest.mark.parametrize("busy, said", [(1.0, False), (1.01, True), (None, False)])
 def test_a_run_begun_beside_others_says_so_above_its_table(monkeypatch, busy, said):
     from bench import conftest
 
     lines = []
     reporter = SimpleNamespace(section=lambda title: None, write_line=lines.append)
-    facts = timing.provenance() | {"busy": busy, "cores": 4}
+    facts = timing.provenance() | {"busy": busy, "cores": 8}
     run = SimpleNamespace(settings=presets.settings(device="cpu"))
     stash = {conftest.ROWS: [{"peers": {}}], conftest.SESSION: run, conftest.FACTS: facts}
     monkeypatch.setattr(table, "lines", lambda rows: [])

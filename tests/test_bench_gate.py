@@ -154,18 +154,28 @@ def test_yardstick_is_the_peer_whose_ratio_was_steadiest_over_the_runs():
     assert {peer for check in gate.checks(results(then).rows, without) for peer in check.peers.values()} == {"eager"}
 
 
-def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there():
+def test_eager_with_kept_memory_is_a_yardstick_beside_ours_there(tmp_path):
     runs = []
     for eager in (5.0, 6.0, 4.0, 7.0, 5.5):
         found = row(IDS[0], timings(1.0, eager=eager))
         with_kept(found, row(IDS[0], timings(2.0, eager=5.0)))
         runs.append(results(document([found])))
-    then = results(baseline.merge(runs)[0])
+    merged = baseline.merge(runs)[0]
+    then = results(merged)
     (check,) = gate.checks(then.rows, runs[0].rows)
     assert check.peers == {IDS[0]: files.KEPT} and check.first == check.centre == pytest.approx(math.log(2.5))
-    # On a system without it, eager serves.
+    # Without it eager serves, and the run fails all the same.
     (check,) = gate.checks(then.rows, {IDS[0]: row(IDS[0], timings(1.0, eager=5.0))})
     assert check.peers == {IDS[0]: "eager"}
+    baseline.write(merged, tmp_path)
+    for why in ("kept memory: a process that measures it has ended (1): no memory", None):
+        lacks = row(IDS[0], timings(1.0, eager=5.0), notes=[why] if why else [])
+        report = gate.check(results(document([lacks])), lambda _: {}, tmp_path)
+        said = why.removeprefix("kept memory: ") if why else "not measured"
+        assert (
+            report.failed
+            and f"FAILED, 1 rows without eager, kept memory, their yardstick: {IDS[0]} ({said})" in report.text
+        )
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])

@@ -91,27 +91,27 @@ def test_what_there_is_not_is_one_line(wrong, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_a_product_is_held_against_the_most_that_the_machine_multiplied(monkeypatch, tmp_path):
-    monkeypatch.setattr(cpu_report.measure, "square_rate", lambda settings: 3e12)
-    for at_shapes, rate in ((1e12, 3e12), (4e12, 4e12), (None, 3e12)):
-        monkeypatch.setattr(cpu_report.measure, "rate_at_shapes", lambda cost, settings, value=at_shapes: value)
-        options = ("--preset", "smoke", "--seconds", "0.01", "--out", str(tmp_path))
-        file = tmp_path / "report.json"
-        assert cpu_report.main(["route/forward", *options, "--json", str(file)]) == 0
-        assert json.loads(file.read_text())["limit"]["product_rate"] == rate
-
-
-WITHOUT_TRITON = """import sys
+WITHOUT_TRITON = """import runpy, sys
 sys.modules["triton"] = None
-from profiling import {module}
-sys.exit({module}.main(sys.argv[1:]))"""
+runpy.run_module("profiling." + sys.argv.pop(1), run_name="__main__")"""
 
 
 def test_what_ncu_wrote_is_read_without_triton(tmp_path):
-    script, png = WITHOUT_TRITON.format(module="ncu_report"), tmp_path / "roofline.png"
-    done = run(sys.executable, "-c", script, RECORDED / "route.ncu.csv", "--png", png)
+    png = tmp_path / "roofline.png"
+    done = run(sys.executable, "-c", WITHOUT_TRITON, "ncu_report", RECORDED / "route.ncu.csv", "--png", png)
     assert done.returncode == 0 and "first limiter" in done.stdout, done.stderr
-    with_id = run(sys.executable, "-c", script, RECORDED / "route.ncu.csv", "route/forward")
-    assert with_id.returncode == 1 and len(with_id.stderr.splitlines()) == 1, with_id.stderr
-    names = run(sys.executable, "-c", WITHOUT_TRITON.format(module="names"))
-    assert names.returncode == 2 and names.stderr.startswith("Triton is not installed"), names.stderr
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("ncu_report", RECORDED / "route.ncu.csv", "route/forward"),
+        ("names", "route/forward"),
+        ("static_report",),
+        ("host_cost",),
+    ],
+    ids=lambda command: command[0],
+)
+def test_without_triton_what_needs_it_is_one_line(command):
+    done = run(sys.executable, "-c", WITHOUT_TRITON, *command)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
