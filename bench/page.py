@@ -136,8 +136,9 @@ def _target(what: str, values: Sequence[float], least: float) -> str:
     if any(map(math.isnan, values)):
         return NOT_MEASURED
     met = sum(value >= least for value in values)
-    verdict = {len(values): "met", 0: "MISSED"}.get(met, f"met in {met} of {len(values)} runs")
-    return f"{_figure(what, statistics.median(values))} {verdict}"
+    value = statistics.median(values)
+    some = "" if met in (0, len(values)) else f" ({met} of {len(values)} runs)"
+    return f"{_figure(what, value)} {'met' if value >= least else 'MISSED'}{some}"
 
 
 def _figure(what: str, value: float) -> str:

@@ -219,7 +219,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if counters and counters.of not in (None, what):
             raise ValueError(f"{options.counters} is of {counters.of}")
         built = benchmark.build(settings)
-    except (OSError, ValueError) as problem:
+    except OSError as problem:
+        print(f"{options.counters}: {problem.strerror}", file=sys.stderr)
+        return 1
+    except ValueError as problem:
         print(problem, file=sys.stderr)
         return 1
     facts = timing.provenance()
