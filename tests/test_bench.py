@@ -998,7 +998,7 @@ def test_what_would_be_in_vain_is_one_line_before_anything_is_measured(options, 
     assert [line for line in done.stderr.splitlines() if line.strip()] == [f"ERROR: {said}"]
 
 
-def test_commands_end_quietly_where_nobody_reads_on(tmp_path):
+def test_commands_end_quietly_where_nobody_reads_on():
     for arguments in (["list"], ["compare", ROOT / "nowhere.json", "--help"]):
         read, write = os.pipe()
         os.close(read)
