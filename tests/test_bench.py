@@ -810,7 +810,7 @@ def served(monkeypatch, capsys):
 
 def test_a_process_with_kept_memory_ends_with_a_run_that_was_killed(monkeypatch, served):
     monkeypatch.setattr(suites.Benchmark, "build", lambda *_: None)  # nothing is imported at first use here
-    monkeypatch.setattr(suites.Benchmark, "plan", lambda *_: time.sleep(60))
+    monkeypatch.setattr(kept, "_child", lambda *_: time.sleep(60))
     found = served(presets.settings(device="cpu"), "route/forward")
     assert found == {"error": "a process that measures it has ended (-9)"}
 
