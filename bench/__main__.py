@@ -1,5 +1,6 @@
-"""`python -m bench COMMAND`: list, once and the others in COMMANDS; `pytest bench/` is what measures."""
+"""`python -m bench COMMAND`: what goes with `pytest bench/`, which is what measures."""
 
+import argparse
 import signal
 import sys
 from collections.abc import Sequence
@@ -19,10 +20,11 @@ COMMANDS = {
 
 def main(arguments: Sequence[str]) -> int:
     """Hands the rest of the arguments to a command."""
-    if arguments and arguments[0] in COMMANDS:
-        return import_module(COMMANDS[arguments[0]]).main(arguments[1:])
-    print(f"usage: python -m bench COMMAND ..., one of: {', '.join(COMMANDS)}", file=sys.stderr)
-    return 64
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("command", choices=COMMANDS)
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="the command's own; its --help lists them")
+    given = parser.parse_args(arguments)
+    return import_module(COMMANDS[given.command]).main(given.arguments)
 
 
 if __name__ == "__main__":

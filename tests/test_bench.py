@@ -21,6 +21,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # bench/ is not installed
 
+from bench import __main__ as bench_command
 from bench import grid, kept, measure, models, once, peers, presets, suites, table, timing
 from bench.cases import BOTH, DIRECTIONS, FORWARD, OPS, Case, Sizes, footprint
 from bench.timing import CudaClock, Plan
@@ -908,6 +909,20 @@ def test_targets_are_of_the_preset_as_it_stands_and_of_the_fastest_that_counts()
 
 
 # -- commands ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "usage"),
+    [
+        (["--help"], 0, "usage: python -m bench [-h]"),
+        (["list", "--help"], 0, "usage: python -m bench list "),
+        (["lst"], 2, "'baseline'"),
+    ],
+)
+def test_the_command_hands_everything_after_its_name_to_the_named_one(given, code, usage, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench_command.main(given)
+    assert ended.value.code == code and usage in "".join(capsys.readouterr())
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
