@@ -344,11 +344,11 @@ def peak(make: Callable[[], Callable[[], Any]]) -> int:
 
 
 def available(device: str) -> int | None:
-    """Bytes that can still be had: of the machine's or the container's memory, or the GPU's. None: not known."""
+    """Bytes that can still be had: of what the machine, its container or its batch job, or the GPU has. None: not known."""
     if device == "cuda":
         kept = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
         return torch.cuda.mem_get_info()[0] + kept
-    found = [_available_to_machine(), _available_to_container()]
+    found = [_available_to_machine(), _available_to_groups()]
     return min((value for value in found if value is not None), default=None)
 
 
@@ -360,15 +360,34 @@ def _available_to_machine() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _available_to_container() -> int | None:
-    folder = Path("/sys/fs/cgroup")
+# Of both versions of Linux's control groups: where they are mounted, what /proc/self/cgroup calls the controller, and a group's
+# files of its limit and of its use; the field of memory.stat is what of the use is given back before anything runs short.
+_GROUPS = (
+    ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
+    ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
+
+
+def _available_to_groups(root: Path = Path("/")) -> int | None:
+    # The least of the process's own group and of those around it, each of which may have a limit.
     try:
-        most, used = ((folder / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        cached = next(
-            int(line.split()[1])
-            for line in (folder / "memory.stat").read_text().splitlines()
-            if line.startswith("inactive_file ")
-        )
-    except (OSError, StopIteration, ValueError):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
         return None
-    return None if most == "max" else int(most) - int(used) + cached
+    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    found = []
+    for mounted, controller, *files in _GROUPS:
+        # In a container the path may be the one that is seen from outside; the container's group is mounted at the top then.
+        top = root / mounted
+        own = top / paths.get(controller, "/")[1:]
+        found += [_available_to_group(each, *files) for each in (own, *own.parents) if each.is_relative_to(top)]
+    return min((value for value in found if value is not None), default=None)
+
+
+def _available_to_group(folder: Path, limit: str, use: str, given_back: str) -> int | None:
+    try:
+        most, used = ((folder / name).read_text().strip() for name in (limit, use))
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return None if most == "max" else int(most) - int(used) + int(fields[given_back])
+    except (OSError, KeyError, ValueError):
+        return None

@@ -573,6 +573,32 @@ def test_memory_counts_the_copies_that_rotate_and_the_buffers_of_the_limits(monk
     assert benchmark.needs(settings) == once + 3000
 
 
+@pytest.mark.parametrize(
+    ("groups", "files", "left"),
+    [
+        pytest.param("0::/\n", {}, None, id="no limit"),
+        pytest.param(
+            "0::/job/step\n", {"job": ("9000", 7000, 500), "job/step": ("max", 6000, 0)}, 2500, id="around it"
+        ),
+        pytest.param("0::/job/step\n", {"job": ("9000", 7000, 0), "job/step": ("8000", 6500, 0)}, 1500, id="its own"),
+        pytest.param("0::/seen/from/outside\n", {"": ("9000", 7000, 0)}, 2000, id="a container"),
+        pytest.param("4:memory:/job\n1:cpu:/\n0::/\n", {"memory/job": ("9000", 7000, 300)}, 2300, id="version 1"),
+    ],
+)
+def test_limits_of_control_groups_are_seen(groups, files, left, tmp_path):
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(groups)
+    for name, (limit, used, given_back) in files.items():
+        folder = tmp_path / "sys/fs/cgroup" / name
+        folder.mkdir(parents=True, exist_ok=True)
+        first = name.startswith("memory")
+        (folder / ("memory.limit_in_bytes" if first else "memory.max")).write_text(f"{limit}\n")
+        (folder / ("memory.usage_in_bytes" if first else "memory.current")).write_text(f"{used}\n")
+        (folder / "memory.stat").write_text(f"anon 10\n{'total_' * first}inactive_file {given_back}\n")
+    assert presets._available_to_groups(tmp_path) == left
+    assert presets._available_to_groups(tmp_path / "not Linux") is None
+
+
 # -- rows ------------------------------------------------------------------------------------------------------------------
 
 ROW = {
