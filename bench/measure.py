@@ -277,7 +277,7 @@ def _emptied(call: timing.Call) -> timing.Call:
 def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
     """(bytes that a call takes beyond what is there before it, bytes of these that are kept when its results are dropped):
     results, temporaries, and what an allocator takes and does not use. On a CPU the kernel's high-water mark of resident
-    memory (Linux); None where there is none."""
+    memory, and what is kept when glibc has given back what it can (Linux); None where there is none."""
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # of what earlier calls left in torch's pool
@@ -296,6 +296,7 @@ def peak_memory(call: timing.Call, device: str) -> tuple[int, int] | None:
         results = call()
         peak = resident("VmHWM") - before
         del results
+        _trim()  # blocks in a hole of its heap stay there otherwise, which says what came before and nothing of the call
         return max(peak, 0), max(resident("VmRSS") - before, 0)
     except (OSError, RuntimeError):
         return None
