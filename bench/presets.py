@@ -360,11 +360,11 @@ def _available_to_machine() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-# Of both versions of Linux's control groups: where they are mounted, what /proc/self/cgroup calls the controller, and a group's
-# files of its limit and of its use; the field of memory.stat is what of the use is given back before anything runs short.
+# Of both versions of Linux's control groups: where they are mounted, what /proc/self/cgroup calls the controller, a group's
+# files of its limit and of its use, and what stands before the fields of its memory.stat that are of it and the groups in it.
 _GROUPS = (
-    ("sys/fs/cgroup", "", "memory.max", "memory.current", "inactive_file"),
-    ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ("sys/fs/cgroup", "", "memory.max", "memory.current", ""),
+    ("sys/fs/cgroup/memory", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
 )
 
 
@@ -374,7 +374,8 @@ def _available_to_groups(root: Path = Path("/")) -> int | None:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
         return None
-    paths = {controllers: path for _, controllers, path in (line.split(":", 2) for line in lines)}
+    groups = (line.split(":", 2) for line in lines)
+    paths = {controller: path for _, controllers, path in groups for controller in controllers.split(",")}
     found = []
     for mounted, controller, *files in _GROUPS:
         # In a container the path may be the one that is seen from outside; the container's group is mounted at the top then.
@@ -384,10 +385,12 @@ def _available_to_groups(root: Path = Path("/")) -> int | None:
     return min((value for value in found if value is not None), default=None)
 
 
-def _available_to_group(folder: Path, limit: str, use: str, given_back: str) -> int | None:
+def _available_to_group(folder: Path, limit: str, use: str, prefix: str) -> int | None:
     try:
         most, used = ((folder / name).read_text().strip() for name in (limit, use))
         fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-        return None if most == "max" else int(most) - int(used) + int(fields[given_back])
+        # Files that it has in memory are dropped before anything runs short.
+        files = sum(int(fields[f"{prefix}{kind}_file"]) for kind in ("active", "inactive"))
+        return None if most == "max" else int(most) - int(used) + files
     except (OSError, KeyError, ValueError):
         return None

@@ -189,7 +189,7 @@ def compile_all(work: Sequence[Job], limit: float, processes: int, progress: Cal
             if results not in ready and not late:
                 continue
             try:
-                found = results.recv() if results in ready else {"error": f"not compiled within {limit:g} s"}
+                found = results.recv() if not late else {"error": f"not compiled within {limit:g} s"}
             except EOFError:
                 child.join()
                 found = {"error": f"the compiler ended with {child.exitcode}"}

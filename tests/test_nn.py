@@ -147,6 +147,7 @@ def test_query_encoder_tokens_are_row_major_and_local():
 
 
 def test_query_encoder_sees_a_larger_copy_of_the_image_alike():
+    torch.manual_seed(0)
     encoder = QueryEncoder(8, 4, width=4)
     images = torch.rand(1, 3, 4, 6).repeat_interleave(4, 2).repeat_interleave(4, 3)
     larger = images.repeat_interleave(2, 2).repeat_interleave(2, 3)

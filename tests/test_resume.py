@@ -105,13 +105,13 @@ def after(seconds: float) -> Callable[[int], None]:
 
 
 def while_writing(folder: Path, number: int, delay: float) -> Callable[[int], None]:
-    """Kill `delay` seconds after the temporary file of the `number`-th checkpoint appears."""
+    """Kill `delay` seconds after the temporary file of the `number`-th checkpoint appears (or what it became meanwhile)."""
 
     def kill(process: int) -> None:
         seen: set[str] = set()
         deadline = time.monotonic() + 120
         while len(seen) < number and time.monotonic() < deadline:
-            seen |= {path.name for path in (folder / "checkpoints").glob(".step-*")}
+            seen |= {path.name.lstrip(".").split(".")[0] for path in (folder / "checkpoints").glob("*step-*")}
             time.sleep(0.001)
         time.sleep(delay)
         end(process)
