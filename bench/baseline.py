@@ -53,6 +53,12 @@ KEPT_FACTS = (
 # What has to be the same in runs that are merged.
 SAME = ("device", *files.DECISIVE, "revision", "dirty", "contract_version", "backend")
 DIGITS = 6
+# Options of pytest's that a baseline's runs do not take, and why.
+NOT_PASSED = {
+    "--shape": "a baseline is of a preset as it is, without --shape",
+    "--gate": "a baseline is what the gate compares with: --gate is for later runs",
+    "--benchmark-json": "a baseline's runs have files of their own, in runs/baseline/: --out says where the baseline goes",
+}
 
 
 def merge(runs: Sequence[Results]) -> tuple[dict[str, Any], list[str]]:
@@ -225,9 +231,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if slowed.VARIABLE in os.environ:
             raise files.Unusable(f"{slowed.VARIABLE} is set: ours would be slowed on purpose")
-        if any(word.partition("=")[0] == "--shape" for word in others):
-            raise files.Unusable("a baseline is of a preset as it is, without --shape")
+        for word in others:
+            if why := NOT_PASSED.get(word.partition("=")[0]):
+                raise files.Unusable(why)
+        if options.merge and others:
+            raise files.Unusable(f"--merge makes no runs, so there is nothing for {' '.join(others)} to change")
         _enough(len(options.merge) if options.merge else options.runs)
+        files.make(options.out)
         runs = [files.load(path) for path in options.merge or _made(options.runs, others)]
         document, notes = merge(runs)
         written = write(document, options.out)

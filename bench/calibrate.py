@@ -133,6 +133,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--folder", type=Path, default=files.ROOT / "runs" / "calibrate", help="default: runs/calibrate"
     )
     options, others = parser.parse_known_args(arguments)
+    if options.runs < 0 or options.each < 0 or options.slow <= 1:
+        parser.error("--runs and --each are 0 or more, and --slow is more than 1")
     done: dict[Path, dict[str, Any]] = {}
     try:
         then = files.load(options.baseline)
@@ -141,6 +143,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise files.Unusable(f"{options.baseline}: no rows of bench in it")
         if kind["device"] != "cpu":
             raise files.Unusable(f"{options.baseline}: of {kind['device']}, and ours can be slowed on a CPU only")
+        if then.device_class != (here := timing.device_class("cpu")):
+            raise files.Unusable(f"{options.baseline}: measured on {then.device_class}, and this is {here}")
         others = ["--preset", kind["preset"], "--dtype", kind["dtype"], "--device", kind["device"], *others]
         made_with = {"code": code(), "baseline": _digest([options.baseline]), "options": others}
         own = files.baseline_path(then.machine, kind["preset"], kind["dtype"], options.baseline.resolve().parents[1])
@@ -148,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise files.Unusable(f"{options.baseline}: the gate looks for it at {own}")
         pytest = [*others, "--baselines", str(own.parents[1])]
         plans = _plans(options, subjects(then))
-        options.folder.mkdir(parents=True, exist_ok=True)
+        files.make(options.folder)
         paths = []
         for subject, i in plans:
             name = f"{subject}-{options.slow:g}" if subject else "unchanged"
@@ -171,5 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(problem, file=sys.stderr)
         return 1
     finally:
-        print(rates(list(done.values())))
+        if done:
+            print(rates(list(done.values())))
     return 0

@@ -63,6 +63,18 @@ class Results:
         return self.machine.get("device", {}).get("class")
 
 
+def make(folder: Path) -> None:
+    """A folder for results, with those above it; before anything is measured that could not be written then.
+
+    Raises:
+        Unusable: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise Unusable(f"{folder}: {problem.strerror}") from None
+
+
 def load(path: Path) -> Results:
     """Read a file.
 

@@ -391,7 +391,8 @@ def baseline(path: Path, now: Results) -> Results:
     """The baseline in a file.
 
     Raises:
-        Unusable: there is none, it is not the result of `python -m bench baseline`, or it is of another contract or class.
+        Unusable: there is none, it is not the result of `python -m bench baseline`, or it is of another contract, class or
+            --seconds.
     """
     if not path.exists():
         raise files.Unusable(_missing(path))
@@ -403,6 +404,9 @@ def baseline(path: Path, now: Results) -> Results:
         raise files.Unusable(f"{path}: timing contract {old}, and this run's is {new}: make it again")
     if then.device_class != now.device_class:
         raise files.Unusable(f"{path}: measured on {then.device_class}, and this is {now.device_class}")
+    if (old := then.machine.get("seconds")) != (new := now.machine.get("seconds")):
+        # What is warm after a twentieth of the time is another ratio: by a third in some rows.
+        raise files.Unusable(f"{path}: measured with --seconds {old}, and this run with {new}")
     return then
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from bench import timing
+from bench import files, timing
 from bench.cases import DIRECTIONS, LOSSES, OPS, TOLERANCE, Case, Sizes, footprint
 from bench.presets import native_ops
 from bench.timing import Plan, Row
@@ -170,6 +170,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, help="torch's threads (default: torch's own choice)")
     parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
     options = parser.parse_args(arguments)
+    if options.most_tokens < 1 or (options.threads is not None and options.threads < 1):
+        parser.error("--most-tokens and --threads are 1 or more")
+    if options.json:
+        try:
+            files.make(options.json.parent)
+        except files.Unusable as problem:
+            parser.error(str(problem))
     if options.threads:
         torch.set_num_threads(options.threads)
     ops = options.op or native_ops()

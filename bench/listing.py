@@ -10,8 +10,8 @@ from bench import presets, suites
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; 64 for a preset or a shape that there is not."""
     parser = argparse.ArgumentParser(prog="python -m bench list", description=__doc__)
-    parser.add_argument("--preset", default="smoke")
-    parser.add_argument("--shape")
+    parser.add_argument("--preset", default="smoke", help="default: smoke")
+    parser.add_argument("--shape", help="sizes that differ, such as B=8,N=4096")
     options = parser.parse_args(arguments)
     try:
         settings = presets.settings(options.preset, shape=options.shape, device="cpu")

@@ -241,7 +241,12 @@ def _header(benchmark: Benchmark, settings: Settings) -> Row:
 def lack(benchmark: Benchmark, settings: Settings, beside: int = 0) -> str | None:
     """Why a benchmark does not fit into memory, in a line, or None, where `beside` bytes are still to be taken by others;
     allocates nothing to find out."""
-    needed, there = benchmark.needs(settings) + beside, presets.available(settings.device)
+    try:
+        needed, there = benchmark.needs(settings) + beside, presets.available(settings.device)
+    except RuntimeError as problem:
+        if "overflow" not in str(problem):
+            raise
+        return "does not fit: its bytes are more than 64 bits count"
     if there is None or needed <= there:
         return None
     return (

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "ids", nargs="+", metavar="ID", help="such as route/forward; `python -m bench list` has them all"
     )
-    parser.add_argument("--preset", default="smoke")
+    parser.add_argument("--preset", default="smoke", help="default: smoke")
     parser.add_argument("--shape", help="sizes that differ, such as B=8,N=4096")
     for name in ("dtype", "device", "backend"):
         parser.add_argument(f"--{name}", help="see pytest bench/ --help")

@@ -456,7 +456,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr)
     if not found:
         return 1
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        files.make(options.out)
+    except files.Unusable as problem:
+        print(problem, file=sys.stderr)
+        return 1
     (options.out / "results.md").write_text(render(found))
     save(pictures(found), options.out / "results")
     print(f"wrote {options.out / 'results.md'} from {len(found)} files")

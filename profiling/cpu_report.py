@@ -21,7 +21,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from bench import measure, presets, suites, timing
+from bench import files, measure, presets, suites, timing
 from profiling import roofline
 from tiger_fast import profiler_ranges
 
@@ -72,8 +72,9 @@ def parse(text: str) -> Counters:
         event = cells[2].partition(":")[0]  # cycles:u where the kernel may not be counted
         try:
             values[event] = float(cells[0])
-        except ValueError:  # <not supported>, <not counted>
-            lacking.append(event)
+        except ValueError:
+            if cells[0].startswith("<"):  # <not supported>, <not counted>
+                lacking.append(event)
     if calls < 1:
         raise ValueError(f"it is of {calls} calls")
     if not values and not lacking:
@@ -219,10 +220,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if counters and counters.of not in (None, what):
             raise ValueError(f"{options.counters} is of {counters.of}")
         built = benchmark.build(settings)
+        for folder in (options.out, *([options.json.parent] if options.json else [])):
+            files.make(folder)
     except OSError as problem:
         print(f"{options.counters}: {problem.strerror}", file=sys.stderr)
         return 1
-    except ValueError as problem:
+    except (ValueError, files.Unusable) as problem:
         print(problem, file=sys.stderr)
         return 1
     facts = timing.provenance()

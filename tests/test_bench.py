@@ -236,6 +236,16 @@ def test_costs_count_bytes_of_the_activations_type():
     assert full.bytes == half.bytes  # float32 beside any type
 
 
+@pytest.mark.parametrize(
+    "wrong", [("--threads", "0"), ("--most-tokens", "-4"), ("--json", str(Path(__file__) / "x.json"))]
+)
+def test_grid_refuses_before_it_measures(wrong, monkeypatch, capsys):
+    monkeypatch.setattr(grid, "run", lambda *_: pytest.fail("it measures"))
+    with pytest.raises(SystemExit, match="2"):
+        grid.main(["--op", "route", *wrong])
+    assert "error: " in capsys.readouterr().err
+
+
 def test_grid_has_the_cells_that_are_asked_for_and_none_twice():
     for op in set(OPS) - {"confidence_loss", "improvement_loss"}:
         found = grid.cells(op)
@@ -907,6 +917,8 @@ def test_a_shape_that_does_not_fit_is_one_line_before_anything_is_allocated(sess
     assert measure.lack(suites.Benchmark("route", FORWARD), presets.settings(device="cpu", shape=TINY), 10**6)
     row = row_of(session(shape="N=65536"), "route/forward")
     assert row["error"].startswith("does not fit: ") and row["error"].endswith("of cpu memory are free")
+    row = row_of(session(shape="N=2000000000,B=2000000000"), "route/forward")
+    assert row["error"] == "does not fit: its bytes are more than 64 bits count"
 
 
 def test_on_cuda_torch_compile_takes_part_with_max_autotune_too():

@@ -387,6 +387,9 @@ def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
     assert report.failed and len(report.text.splitlines()) == 1 and words in report.text and str(path) in report.text
 
 
+OTHERS = [fact for fact in files.DECISIVE if fact != "seconds"]
+
+
 @pytest.mark.parametrize(
     ("facts", "words", "fails"),
     [
@@ -395,9 +398,10 @@ def test_unusable_baseline_fails_in_one_line(tmp_path, text, words):
         ({"device": {"name": "B", "class": "cuda-sm_90"}}, "measured on cuda-sm_90", True),
         ({"device": {"name": "B", "class": CLASS}}, "device differs, B then and A processor now", False),
         ({"dirty": True}, "dirty tree", False),
-        *(({fact: "other"}, f"{fact} differs, other then and ", False) for fact in files.DECISIVE),
+        ({"seconds": 0.12}, "measured with --seconds 0.12, and this run with None", True),
+        *(({fact: "other"}, f"{fact} differs, other then and ", False) for fact in OTHERS),
     ],
-    ids=["contract", "contract-alike", "class", "device", "dirty", *files.DECISIVE],
+    ids=["contract", "contract-alike", "class", "device", "dirty", "seconds", *OTHERS],
 )
 def test_baseline_of_other_circumstances_is_a_line(tmp_path, then, facts, words, fails):
     path = tmp_path / CLASS / "smoke-float32.json"
@@ -639,6 +643,10 @@ def test_command_merges_files_and_refuses_what_it_cannot_read(tmp_path, capsys, 
         (["--shape", "B=1"], "as it is"),
         (["--shape=B=1"], "as it is"),
         (["--runs", "2"], "at least 3"),
+        (["--gate"], "--gate is for later runs"),
+        (["--benchmark-json=x.json"], "files of their own"),
+        (["-k", "route", "--merge", *map(str, paths)], "nothing for -k route to change"),
+        (["--out", str(paths[0])], "File exists"),
     ):
         assert baseline.main(arguments) == 1 and words in capsys.readouterr().err
 
@@ -704,6 +712,7 @@ def test_calibration_counts_alarms_of_the_subject_that_was_slowed():
 
 def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, then):
     (path,) = baseline.write(then, tmp_path)
+    monkeypatch.setattr(timing, "device_class", lambda device: CLASS)
     made = []
 
     def run(options, subject, factor):
@@ -742,15 +751,25 @@ def test_calibration_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys, the
     assert calibrate.main(arguments) == 0 and len(made) == 5
     again = [*arguments[:-1], "2"]
     assert calibrate.main(again) == 1 and "made with other options" in capsys.readouterr().err
-    monkeypatch.setattr(calibrate, "code", lambda: "other")
-    assert calibrate.main(arguments) == 1 and "made with other code" in capsys.readouterr().err
+    with monkeypatch.context() as patch:
+        patch.setattr(calibrate, "code", lambda: "other")
+        assert calibrate.main(arguments) == 1 and "made with other code" in capsys.readouterr().err
     path.write_text(path.read_text() + " ")
-    monkeypatch.undo()
     assert calibrate.main(arguments) == 1 and "made with other baseline" in capsys.readouterr().err
+    monkeypatch.setattr(timing, "device_class", lambda device: "cpu-other")
+    assert calibrate.main(arguments) == 1 and f"on {CLASS}, and this is cpu-other" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("wrong", [("--runs", "-1"), ("--each", "-1"), ("--slow", "0.9")])
+def test_calibration_refuses_senseless_numbers(wrong, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        calibrate.main(["baseline.json", *wrong])
+    assert "--slow is more than 1" in capsys.readouterr().err
 
 
 def test_calibration_of_some_subjects(tmp_path, monkeypatch, capsys, then):
     (path,) = baseline.write(then, tmp_path)
+    monkeypatch.setattr(timing, "device_class", lambda device: CLASS)
     made = []
 
     def run(options, subject, factor):

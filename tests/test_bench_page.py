@@ -218,6 +218,12 @@ def test_a_folder_without_results_changes_nothing(tmp_path, capsys):
     assert capsys.readouterr().err == f"{tmp_path / 'none'}: no results in it\n" and not (tmp_path / "out").exists()
 
 
+def test_a_page_that_cannot_be_written_is_one_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert page.main(["--out", str(tmp_path / "file")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"{tmp_path / 'file'}: File exists"
+
+
 def test_page_says_what_the_gate_notices():
     names = [*IDS[:6], IDS[6]]  # six rows of route, one of leave_one_out
 

@@ -85,6 +85,15 @@ def test_counters_of_another_benchmark_are_refused(tmp_path, capsys):
     assert capsys.readouterr().err == f"{path} is of leave_one_out/forward: it\n"
 
 
+@pytest.mark.parametrize("option", ["--counters", "--out"])
+def test_a_file_that_is_something_else_is_one_line(option, tmp_path, capsys):
+    path = tmp_path / "notes.md"
+    path.write_text("cycles, as they are called, are counted\n")
+    assert cpu_report.main(["confidence_loss/forward", "--preset", "smoke", option, str(path)]) == 1
+    wanted = {"--counters": "there is no line of `perf stat -x,` in it", "--out": f"{path}: File exists"}
+    assert capsys.readouterr().err == f"{wanted[option]}\n"
+
+
 @pytest.mark.parametrize("wrong", [("--preset", "smok"), ("--dtype", "int8"), ("--shape", "Q=1")])
 def test_what_there_is_not_is_one_line(wrong, capsys):
     assert cpu_report.main(["route/forward", *wrong]) == 64
